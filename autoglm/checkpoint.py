@@ -1,0 +1,291 @@
+"""Reading a Hugging Face directory of `Glm4vForConditionalGeneration`.
+
+Everything that differs between checkpoints of this family (sizes, ids, rope, limits, template, defaults) is taken
+from the directory's own files. Older files (GLM-4.1V) and newer ones (transformers 5) name some of it differently;
+both are read here and nowhere else.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """The directory is not a checkpoint that this server can run; the message names the file and the key."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the language model. `rotary_dim` is the part of `head_dim` that is rotated."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rotary_dim: int
+    mrope_section: tuple[int, int, int]
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the ViT. The blocks' MLP is `out_hidden_size` wide, the merger's `intermediate_size`."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    out_hidden_size: int
+    intermediate_size: int
+    image_size: int = 336
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers in one patch: channels x frames x height x width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How images are resized and normalised. The pixel limits count frames too: 2 * height * width."""
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float = 1 / 255
+    resample: int = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory; `open` reads its JSON files, `weights` its tensors."""
+
+    path: Path
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    image_start_token_id: int
+    image_end_token_id: int
+    eos_token_ids: tuple[int, ...]
+    image_limits: ImageLimits
+    chat_template: str
+    generation_defaults: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Checkpoint":
+        """Read the configuration of a checkpoint directory.
+
+        Raises:
+            CheckpointError: a file or key is missing, or the model is of another kind.
+        """
+        path = Path(directory)
+        config = _read_json(path / "config.json")
+        kind = config.get("model_type")
+        if kind != "glm4v":
+            raise CheckpointError(f"{path}/config.json: model_type is {kind!r}, supported is 'glm4v'")
+        defaults = _read_json(path / "generation_config.json", required=False)
+        return cls(
+            path=path,
+            text=_text_config(config),
+            vision=_vision_config(config.get("vision_config", {})),
+            image_token_id=_require(config, "image_token_id"),
+            image_start_token_id=_require(config, "image_start_token_id"),
+            image_end_token_id=_require(config, "image_end_token_id"),
+            eos_token_ids=_eos_ids(config, defaults),
+            image_limits=_image_limits(path),
+            chat_template=_chat_template(path),
+            generation_defaults=defaults,
+        )
+
+    @cached_property
+    def shards(self) -> tuple[Path, ...]:
+        """The safetensors files, in order."""
+        index = self.path / "model.safetensors.index.json"
+        names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{self.path}: missing weight files {', '.join(missing[:3])}")
+        return tuple(self.path / name for name in names)
+
+    def weights(self, prefixes: tuple[str, ...], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (full name, tensor) of every tensor under one of `prefixes`, each in its own dtype, on `device`."""
+        for shard in self.shards:
+            with safe_open(shard, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name.startswith(prefixes):
+                        yield name, file.get_tensor(name)
+
+
+def load_parameters(
+    module: nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    rename: Mapping[str, str],
+    fused: Mapping[str, tuple[str, slice]] | None = None,
+) -> None:
+    """Copy checkpoint tensors into `module`, casting each to its parameter's dtype.
+
+    Args:
+        module: its parameters must all be covered, rows of fused ones included.
+        rename: checkpoint name prefix -> module name prefix.
+        fused: last module name of a checkpoint tensor -> (module name it is a part of, its rows there).
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
+    parameters = dict(module.named_parameters())
+    rows_left = {name: parameter.shape[0] for name, parameter in parameters.items()}
+    for full_name, tensor in weights:
+        name = next(new + full_name[len(old) :] for old, new in rename.items() if full_name.startswith(old))
+        rows = slice(None)
+        owner, _, kind = name.rpartition(".")
+        parent, _, leaf = owner.rpartition(".")
+        if fused and leaf in fused:
+            whole, rows = fused[leaf]
+            name = f"{parent}.{whole}.{kind}"
+        if name not in parameters:
+            raise CheckpointError(f"unexpected tensor {full_name}")
+        target = parameters[name].data[rows]
+        if target.shape != tensor.shape:
+            raise CheckpointError(f"tensor {full_name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
+        target.copy_(tensor)
+        rows_left[name] -= target.shape[0]
+    missing = [name for name, left in rows_left.items() if left != 0]
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing or doubled, the first is {missing[0]}")
+
+
+def _read_json(path: Path, required: bool = True) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path} does not exist")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _require(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise CheckpointError(f"config.json: {key} is missing")
+    return config[key]
+
+
+def _text_config(config: dict[str, Any]) -> TextConfig:
+    text = config.get("text_config") or config
+    rope = dict(text.get("rope_scaling") or {})
+    rope |= {key: text[key] for key in ("rope_theta", "partial_rotary_factor") if key in text}
+    rope |= text.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise CheckpointError(f"config.json: rope type {kind!r} is not supported, only 'default'")
+    heads = _require(text, "num_attention_heads")
+    head_dim = _require(text, "hidden_size") // heads
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    section = tuple(rope.get("mrope_section", (8, 12, 12)))
+    if len(section) != 3 or sum(section) * 2 != rotary_dim:
+        raise CheckpointError(
+            f"config.json: mrope_section {list(section)} must be three numbers that sum to {rotary_dim // 2}, "
+            f"half of the {rotary_dim} rotated dimensions"
+        )
+    return TextConfig(
+        vocab_size=_require(text, "vocab_size"),
+        hidden_size=text["hidden_size"],
+        intermediate_size=_require(text, "intermediate_size"),
+        num_hidden_layers=_require(text, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=text.get("num_key_value_heads") or heads,
+        rms_norm_eps=text.get("rms_norm_eps", 1e-5),
+        max_position_embeddings=_require(text, "max_position_embeddings"),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rotary_dim=rotary_dim,
+        mrope_section=(section[0], section[1], section[2]),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    )
+
+
+def _vision_config(vision: dict[str, Any]) -> VisionConfig:
+    known = {key: vision[key] for key in VisionConfig.__dataclass_fields__ if vision.get(key) is not None}
+    rope = vision.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        known["rope_theta"] = float(rope["rope_theta"])
+    for key in ("depth", "hidden_size", "num_heads", "out_hidden_size", "intermediate_size"):
+        if key not in known:
+            raise CheckpointError(f"config.json: vision_config.{key} is missing")
+    return VisionConfig(**known)
+
+
+def _eos_ids(config: dict[str, Any], defaults: dict[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a turn: generation_config.json names them, config.json may name more."""
+    found: list[int] = []
+    for source in (defaults, config, config.get("text_config") or {}):
+        value = source.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if not found:
+        raise CheckpointError("neither generation_config.json nor config.json names an eos_token_id")
+    return tuple(dict.fromkeys(found))
+
+
+def _image_limits(path: Path) -> ImageLimits:
+    processor = _read_json(path / "preprocessor_config.json", required=False)
+    if not processor:
+        processor = _read_json(path / "processor_config.json").get("image_processor", {})
+    size = processor.get("size") or {}
+    if "shortest_edge" not in size or "longest_edge" not in size:
+        raise CheckpointError(f"{path}: the image processor's size needs shortest_edge and longest_edge, has {size}")
+    mean = processor.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
+    std = processor.get("image_std", [0.26862954, 0.26130258, 0.27577711])
+    return ImageLimits(
+        min_pixels=int(size["shortest_edge"]),
+        max_pixels=int(size["longest_edge"]),
+        patch_size=int(processor.get("patch_size", 14)),
+        temporal_patch_size=int(processor.get("temporal_patch_size", 2)),
+        merge_size=int(processor.get("merge_size", 2)),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        rescale_factor=float(processor.get("rescale_factor", 1 / 255)),
+        resample=int(processor.get("resample", 3)),
+    )
+
+
+def _chat_template(path: Path) -> str:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _read_json(path / "tokenizer_config.json", required=False).get("chat_template")
+    if not isinstance(template, str):
+        raise CheckpointError(f"{path}: neither chat_template.jinja nor tokenizer_config.json holds a chat template")
+    return template

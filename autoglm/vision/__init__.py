@@ -1,0 +1,1 @@
+"""From image files to the embeddings that the language model reads."""
