@@ -80,12 +80,15 @@ def load_config(path: str | Path | None = None, preset: str | Path | None = None
     """
     files = (path or os.environ.get("AUTOGLM_CONFIG"), preset or os.environ.get("AUTOGLM_PRESET"))
     merged: dict[str, Any] = {}
-    for file in filter(None, files):
+    for file in files:
+        if not file:
+            continue
         content = _read(Path(file))
         _build(Config, content, str(file))
         for section, values in content.items():
             merged[section] = {**merged.get(section, {}), **(values or {})}
-    return _build(Config, merged, "configuration")
+    config: Config = _build(Config, merged, "configuration")
+    return config
 
 
 def checkpoint_directory() -> Path:

@@ -189,5 +189,5 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     cos, sin = rope
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
-    turned = wide * cos + torch.cat((-second, first), dim=-1) * sin
+    turned: torch.Tensor = wide * cos + torch.cat((-second, first), dim=-1) * sin
     return turned.to(x.dtype)

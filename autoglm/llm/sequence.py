@@ -1,0 +1,178 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from autoglm.errors import RequestError
+from autoglm.llm.prefix_keys import MediaSpan, prefix_key
+from autoglm.llm.stop import StopStrings
+from autoglm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoglm.tokenizer import Detokenizer
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+Sink = Callable[["Output"], None]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took; milliseconds by stage."""
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass
+class Output:
+    """The next piece of an answer. The last one has a finish reason and the usage, or an error."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: RequestError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine is asked for.
+
+    `token_ids` has every image expanded to its placeholders; `grids` and `digests` are one per image, in order;
+    `embeddings` [image tokens, hidden] holds the images' rows one after another. `sink` is called by the engine's
+    thread, in order, and must not block.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    sampling: SamplingParams
+    sink: Sink
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    embeddings: torch.Tensor | None = None
+    preprocess_ms: float = 0.0
+    vision_ms: float = 0.0
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class Sequence:
+    """A request's state: its tokens, how many of them have keys and values, and the blocks that hold these."""
+
+    def __init__(
+        self,
+        request: Request,
+        positions: torch.Tensor,
+        next_position: int,
+        media: list[MediaSpan],
+        detokenizer: Detokenizer,
+        stop_ids: frozenset[int],
+        max_tokens: int,
+    ) -> None:
+        self.request = request
+        self.tokens = list(request.token_ids)
+        self.prompt_length = len(self.tokens)
+        self.positions = positions  # int32 [3, prompt_length]
+        self.next_position = next_position
+        self.media = media
+        self.max_length = self.prompt_length + max_tokens
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.keys: list[bytes] = []
+        self.published = 0
+        self.cached_tokens = 0
+        self.generated: Counter[int] = Counter()
+        self.generator: torch.Generator | None = None
+        self.finish_reason: FinishReason | None = None
+        self.scheduled_at: float | None = None
+        self.first_token_at: float | None = None
+        timeout = request.sampling.timeout_us
+        self.deadline = None if timeout is None else request.arrival + timeout / 1e6
+        self._detokenizer = detokenizer
+        self._stop_ids = stop_ids
+        self._stops = StopStrings(request.sampling.stop)
+        self._piece = Output()
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are not computed yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+
+    def key(self, index: int, block_size: int) -> bytes:
+        """The name of the content of block `index`, whose tokens are all known."""
+        while len(self.keys) <= index:
+            start = len(self.keys) * block_size
+            parent = self.keys[-1] if self.keys else b""
+            self.keys.append(prefix_key(parent, self.tokens[start : start + block_size], start, self.media))
+        return self.keys[index]
+
+    def append(self, token_id: int) -> None:
+        """Take a sampled token; sets `finish_reason` where it ends the answer."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.tokens.append(token_id)
+        self.generated[token_id] += 1
+        self._piece.token_ids.append(token_id)
+        if token_id in self._stop_ids:
+            self.finish_reason = "stop"
+            return
+        shown, stopped = self._stops.add(self._detokenizer.add(token_id))
+        self._piece.text += shown
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_length:
+            self.finish_reason = "length"
+
+    def emit(self) -> None:
+        """Hand the piece that is due to the sink: each token's when streaming, else the whole at the end."""
+        if self.finish_reason is not None:
+            if not self._stopped_by_string:
+                shown, _ = self._stops.add(self._detokenizer.flush())
+                self._piece.text += shown + self._stops.flush()
+            self._piece.finish_reason = self.finish_reason
+            self._piece.usage = self._usage()
+        elif not self.request.sampling.stream or not self._piece.token_ids:
+            return
+        piece, self._piece = self._piece, Output()
+        self.request.sink(piece)
+
+    @property
+    def _stopped_by_string(self) -> bool:
+        return self.finish_reason == "stop" and self.tokens[-1] not in self._stop_ids
+
+    def _usage(self) -> Usage:
+        now = time.monotonic()
+        scheduled = self.scheduled_at or now
+        first = self.first_token_at or now
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            image_tokens=sum(span.length for span in self.media),
+            completion_tokens=len(self.tokens) - self.prompt_length,
+            cached_tokens=self.cached_tokens,
+            queue_ms=(scheduled - self.request.arrival) * 1e3,
+            preprocess_ms=self.request.preprocess_ms,
+            vision_ms=self.request.vision_ms,
+            prefill_ms=max(0.0, first - scheduled) * 1e3,
+            decode_ms=max(0.0, now - first) * 1e3,
+        )

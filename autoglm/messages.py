@@ -1,0 +1,197 @@
+"""Reading a request's chat: MESSAGES (an OpenAI-style list as JSON) or PROMPT, with the images they refer to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoglm.config import LimitsConfig
+from autoglm.errors import Exact, RequestError, invalid
+from autoglm.media import decode_data_url
+
+ROLES = ("system", "user", "assistant")
+PART_TYPES = "text, image or image_url"
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An encoded image file; `name` is the field of the request that held it."""
+
+    data: bytes
+    name: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `is_list` tells whether its content came as a list of parts; templates may treat that differently."""
+
+    role: str
+    parts: tuple[TextPart | ImagePart, ...]
+    is_list: bool
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ImagePart))
+
+    @property
+    def texts(self) -> tuple[TextPart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, TextPart))
+
+
+def read_messages(
+    source: bytes, files: Sequence[bytes], limits: LimitsConfig, roles: Collection[str] = ROLES
+) -> list[Message]:
+    """Parse MESSAGES.
+
+    Args:
+        source: UTF-8 JSON text.
+        files: the elements of IMAGES, in order; each goes to the next part of type image.
+        roles: the roles that the checkpoint's template knows.
+
+    Raises:
+        RequestError: anything that is not exactly such a chat, named like `MESSAGES[2].content[0].type`, or a number
+            of image parts that differs from the number of files.
+    """
+    _check_count(len(files), limits)
+    turns = _parse_json(source)
+    if not isinstance(turns, list) or not turns:
+        raise _wrong_type("MESSAGES", turns, "a non-empty list of messages")
+    queue = _Files(files, limits)
+    messages = [_read_message(turn, f"MESSAGES[{i}]", queue, roles) for i, turn in enumerate(turns)]
+    if queue.taken != len(files):
+        got = Exact(f"{len(files)} images for {queue.taken} parts of type image in MESSAGES")
+        raise invalid("IMAGES", got, "one image for each such part")
+    _check_count(sum(len(message.images) for message in messages), limits)
+    return messages
+
+
+def read_prompt(source: bytes, files: Sequence[bytes], limits: LimitsConfig) -> list[Message]:
+    """One user turn from PROMPT: all images in order, then the text.
+
+    Raises:
+        RequestError: the text is empty or not UTF-8, or there are too many images.
+    """
+    _check_count(len(files), limits)
+    text = _decode(source, "PROMPT")
+    if not text.strip():
+        raise invalid("PROMPT", text, "a non-empty text")
+    queue = _Files(files, limits)
+    return [Message("user", (*(queue.take() for _ in files), TextPart(text, "PROMPT")), is_list=True)]
+
+
+class _Files:
+    """The elements of IMAGES in order. `taken` counts how many were asked for, which may be more than there are."""
+
+    def __init__(self, files: Sequence[bytes], limits: LimitsConfig) -> None:
+        self.files = files
+        self.limits = limits
+        self.taken = 0
+
+    def take(self) -> ImagePart:
+        i, self.taken = self.taken, self.taken + 1
+        name = f"IMAGES[{i}]"
+        file = self.files[i] if i < len(self.files) else b""
+        if file[:5] == b"data:":  # a JSON request cannot hold raw bytes
+            file = decode_data_url(_decode(file, name), self.limits, name)
+        return ImagePart(file, name)
+
+
+def _check_count(count: int, limits: LimitsConfig) -> None:
+    if count > limits.max_images:
+        raise invalid("IMAGES", Exact(f"{count} images"), f"at most {limits.max_images} in one request")
+
+
+def _decode(source: bytes, name: str) -> str:
+    try:
+        return source.decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = Exact(f"bytes that are not UTF-8 at offset {error.start}")
+        raise invalid(name, got, "UTF-8 text") from None
+
+
+def _parse_json(source: bytes) -> Any:
+    text = _decode(source, "MESSAGES")
+    if not text.strip():
+        raise invalid("MESSAGES", text, "a non-empty JSON list of messages")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        got = f"{error.msg} at line {error.lineno} column {error.colno}"
+        raise RequestError(f"MESSAGES: not JSON ({got}); allowed: a JSON list of messages") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        raise RequestError("MESSAGES: too deep or too long to be read; allowed: a JSON list of messages") from None
+
+
+def _read_message(turn: Any, name: str, files: _Files, roles: Collection[str]) -> Message:
+    # OpenAI's own client sends back empty fields of its answers: null is the same as absent.
+    turn = _fields(turn, name, ("role", "content"))
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in roles:
+        raise _wrong_type(f"{name}.role", role, ", ".join(roles))
+    if isinstance(content, str):
+        return Message(role, (_text(content, f"{name}.content"),), is_list=False)
+    if not isinstance(content, list) or not content:
+        raise _wrong_type(f"{name}.content", content, "a string or a non-empty list of parts")
+    parts = tuple(_read_part(part, f"{name}.content[{j}]", files) for j, part in enumerate(content))
+    if role != "user":
+        for j, part in enumerate(parts):
+            if isinstance(part, ImagePart):
+                raise invalid(f"{name}.content[{j}].type", content[j]["type"], f"text, as the role is {role}")
+    return Message(role, parts, is_list=True)
+
+
+def _read_part(part: Any, name: str, files: _Files) -> TextPart | ImagePart:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        text = _fields(part, name, ("type", "text")).get("text")
+        if not isinstance(text, str):
+            raise _wrong_type(f"{name}.text", text, "a string")
+        return _text(text, f"{name}.text")
+    if kind == "image":
+        _fields(part, name, ("type",))
+        return files.take()
+    if kind == "image_url":
+        link = _fields(part, name, ("type", "image_url")).get("image_url")
+        url = _fields(link, f"{name}.image_url", ("url", "detail")).get("url")
+        if not isinstance(url, str):
+            raise _wrong_type(f"{name}.image_url.url", url, "a data URL")
+        return ImagePart(decode_data_url(url, files.limits, f"{name}.image_url.url"), f"{name}.image_url.url")
+    if not isinstance(part, dict):
+        raise _wrong_type(name, part, f"an object with a type ({PART_TYPES})")
+    raise _wrong_type(f"{name}.type", kind, PART_TYPES)
+
+
+def _text(text: str, name: str) -> TextPart:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(f"{name}: got half of a surrogate pair; allowed: text in whole characters") from None
+    return TextPart(text, name)
+
+
+def _fields(value: Any, name: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of an object that are not null; another field is refused by its name."""
+    if not isinstance(value, dict):
+        raise _wrong_type(name, value, f"an object with {', '.join(allowed)}")
+    fields = {key: field for key, field in value.items() if field is not None}
+    for key in fields:
+        if key not in allowed:
+            raise RequestError(f"{name}: got the unknown field {key[:80]!r}; allowed: {', '.join(allowed)}")
+    return fields
+
+
+def _wrong_type(name: str, value: Any, allowed: str) -> RequestError:
+    got: Any = value
+    if value is None:
+        got = Exact("nothing")
+    elif isinstance(value, (dict, list)):
+        got = Exact(f"{'a' if value else 'an empty'} JSON {'object' if isinstance(value, dict) else 'list'}")
+    return invalid(name, got, allowed)

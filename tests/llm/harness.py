@@ -1,0 +1,80 @@
+"""Runs requests through an engine, step by step in the test's own thread, and collects what comes back."""
+
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import EngineConfig
+from autoglm.llm.engine import Engine
+from autoglm.llm.sequence import Output, Request
+from autoglm.sampling import SamplingParams
+from autoglm.vision.vit import VisionTransformer
+from tests.prompts import Grid, random_pixels, random_prompt
+
+CPU = torch.device("cpu")
+SMALL = EngineConfig(kv_cache_mb=8, block_size=4, max_tokens_per_step=64, max_context=2048, default_max_tokens=16)
+
+
+@dataclass
+class Answer:
+    """Everything that a request's sink received."""
+
+    pieces: list[Output] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [id_ for piece in self.pieces for id_ in piece.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def last(self) -> Output:
+        assert [piece.is_last for piece in self.pieces] == [False] * (len(self.pieces) - 1) + [True]
+        return self.pieces[-1]
+
+
+class Harness:
+    """An engine without its thread."""
+
+    def __init__(self, checkpoint: Checkpoint, **changes: Any) -> None:
+        self.checkpoint = checkpoint
+        self.engine = Engine(checkpoint, replace(SMALL, **changes), CPU, torch.float32)
+        self.vit = VisionTransformer.load(checkpoint, CPU, torch.float32)
+        self.answers: dict[str, Answer] = {}
+
+    def request(
+        self, name: str, token_ids: list[int], grids: list[Grid] | None = None, pixel_seed: int = 0, **options: Any
+    ) -> Request:
+        """A request whose images are random pixels of `pixel_seed`."""
+        answer = self.answers[name] = Answer()
+        embeddings = self.vit(random_pixels(grids, pixel_seed), grids) if grids else None
+        digests = [sha256(f"{pixel_seed} {i} {grid}".encode()).digest() for i, grid in enumerate(grids or [])]
+        params = SamplingParams.from_parameters({"ignore_eos": True, **options}, {})
+        return Request(name, token_ids, params, answer.pieces.append, grids or [], digests, embeddings)
+
+    def random_request(self, name: str, variant: int, grids: list[Grid] | None = None, **options: Any) -> Request:
+        prompt = random_prompt(self.checkpoint, grids or [], variant, before=5 + variant * 7 % 40)
+        return self.request(name, prompt, grids, variant, **options)
+
+    def submit(self, *requests: Request) -> None:
+        """Put requests in, as `Engine.submit` and its thread would."""
+        for request in requests:
+            self.engine._accept(request)
+
+    def run(self, *requests: Request, steps: int = 10_000) -> None:
+        """Submit, then step until nothing is left, checking the pool after every step."""
+        self.submit(*requests)
+        for _ in range(steps):
+            if not list(self.engine.scheduler):
+                break
+            self.engine.step()
+            self.engine.scheduler.check_integrity()
+
+    def all_blocks_back(self) -> bool:
+        self.engine.scheduler.check_integrity()
+        return self.engine.scheduler.pool.available == self.engine.scheduler.pool.size
