@@ -58,10 +58,7 @@ class SamplingParams:
                 raise RequestError(f"parameter {name!r} is unknown, allowed are {', '.join(CHECKS)}")
             if value is None:
                 continue
-            checked = CHECKS[name](name, value)
-            if name == "priority":
-                checked = checked or DEFAULT_PRIORITY
-            values["timeout_us" if name == "timeout" else name] = checked
+            values[FIELDS.get(name, name)] = CHECKS[name](name, value)
         return cls(**values)
 
 
@@ -85,6 +82,11 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[str, Any]
         return float(value)
 
     return check
+
+
+def _priority(name: str, value: Any) -> int:
+    """Triton's 0 stands for no choice."""
+    return _integer(0, LOWEST_PRIORITY)(name, value) or DEFAULT_PRIORITY
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -132,6 +134,10 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop_token_ids": _token_ids,
     "ignore_eos": _boolean,
     "stream": _boolean,
-    "priority": _integer(0, LOWEST_PRIORITY),
+    "priority": _priority,
+    "request_priority": _priority,
     "timeout": _integer(1, 2**63 - 1),
 }
+
+# Over gRPC Triton takes a parameter called `priority` for its own scheduler and hides it: hence the second name.
+FIELDS = {"request_priority": "priority", "timeout": "timeout_us"}

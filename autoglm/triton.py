@@ -4,23 +4,17 @@
 """
 
 import json
+import logging
 import traceback
 from typing import Any
 
-from autoglm.errors import ErrorCode, RequestError, invalid
+from autoglm.errors import ErrorCode, RequestError
 
 
 def read_parameters(request: Any) -> dict[str, Any]:
-    """The parameters of a request by name.
-
-    Raises:
-        RequestError: they hold a number that is none, such as NaN.
-    """
-    try:
-        parameters = json.loads(request.parameters() or "{}", parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"parameters: not readable as JSON ({error.msg}); allowed: strings, numbers, booleans") from None
-    return dict(parameters)
+    """The parameters of a request by name. A number may be NaN or infinite: who reads it checks."""
+    parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return parameters
 
 
 def error_response(pb_utils: Any, error: Exception) -> Any:
@@ -31,10 +25,30 @@ def error_response(pb_utils: Any, error: Exception) -> Any:
     """
     if not isinstance(error, RequestError):
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-        error = RequestError(f"internal error ({type(error).__name__}); the server's log has the details", ErrorCode.INTERNAL)
+        error = RequestError(
+            f"internal error ({type(error).__name__}); the server's log has the details", ErrorCode.INTERNAL
+        )
     code = getattr(pb_utils.TritonError, error.code.triton_name)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
 
 
-def _refuse_constant(text: str) -> Any:
-    raise invalid("parameters", text, "finite numbers")
+class _TritonHandler(logging.Handler):
+    def __init__(self, pb_utils: Any) -> None:
+        super().__init__()
+        self._pb_utils = pb_utils
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = self._pb_utils.Logger
+        write = (
+            logger.log_error if record.levelno >= logging.ERROR
+            else logger.log_warn if record.levelno >= logging.WARNING
+            else logger.log_info
+        )  # fmt: skip
+        write(f"{record.name}: {self.format(record)}")
+
+
+def log_to_triton(pb_utils: Any) -> None:
+    """Send this process's log to the server's."""
+    root = logging.getLogger("autoglm")
+    root.setLevel(logging.INFO)
+    root.handlers = [_TritonHandler(pb_utils)]

@@ -82,8 +82,7 @@ def patches(image: Image.Image, size: tuple[int, int], limits: ImageLimits) -> N
             values = table[channel].take(band[:, :, :, channel], mode="clip")
             for frame in range(frames):
                 target[:, :, :, channel, frame] = values
-    flat: NDArray[np.float32] = result.reshape(rows * columns * merge * merge, 3 * frames * patch * patch)
-    return flat
+    return result.reshape(rows * columns * merge * merge, 3 * frames * patch * patch)
 
 
 @lru_cache(maxsize=4)
@@ -94,4 +93,5 @@ def _normalised_levels(limits: ImageLimits) -> NDArray[np.float32]:
     """
     scaled = (np.arange(256, dtype=np.float64) * limits.rescale_factor).astype(np.float32)
     mean, std = np.array(limits.mean, np.float32), np.array(limits.std, np.float32)
-    return ((scaled[None, :] - mean[:, None]) / std[:, None]).astype(np.float32)
+    levels: NDArray[np.float32] = (scaled[None, :] - mean[:, None]) / std[:, None]
+    return levels

@@ -1,0 +1,118 @@
+"""Adapter: prompts to streamed answers. The work is done in autoglm.llm.engine, the sending in autoglm.responder."""
+
+import itertools
+import threading
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import checkpoint_directory, load_config
+from autoglm.device import choose_device
+from autoglm.errors import ErrorCode, RequestError, invalid
+from autoglm.llm.engine import Engine
+from autoglm.llm.sequence import Output, Request
+from autoglm.metrics import Publisher
+from autoglm.responder import Responder
+from autoglm.sampling import SamplingParams
+from autoglm.triton import error_response, log_to_triton, read_parameters
+
+STOP = "STOP"
+
+
+class TritonPythonModel:
+    """`execute` only reads a request and queues it; the engine's thread computes, the responder's thread answers."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        log_to_triton(pb_utils)
+        config = load_config()
+        device, dtype = choose_device(config.model)
+        self.checkpoint = Checkpoint.open(checkpoint_directory())
+        self.engine = Engine(self.checkpoint, config.engine, device, dtype)
+        self.responder = Responder(pb_utils)
+        self.publisher = Publisher(pb_utils, self.engine.stats)
+        # Callers choose their ids, and may choose one twice: the engine knows requests by numbers of our own.
+        self._numbers = itertools.count()
+        self._running: defaultdict[str, set[str]] = defaultdict(set)
+        self._lock = threading.Lock()
+        self.engine.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._take(request, sender)
+            except Exception as error:
+                sender.send(error_response(pb_utils, error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def finalize(self) -> None:
+        self.engine.close()
+        self.responder.close()
+        self.publisher.close()
+
+    def _take(self, request: Any, sender: Any) -> None:
+        if request.is_cancelled():
+            raise RequestError("cancelled before the language model was reached", ErrorCode.CANCELLED)
+        parameters = read_parameters(request)
+        caller = request.request_id()
+        number = str(next(self._numbers))
+        if parameters.pop(STOP, False) is True:
+            self._stop(caller)
+            self.responder.open(sender, lambda: None, lambda: None)(Output(finish_reason="cancelled"))
+            return
+        if not parameters.get("timeout") and request.timeout():
+            parameters["timeout"] = request.timeout()
+        sampling = SamplingParams.from_parameters(parameters, self.checkpoint.generation_defaults)
+        with self._lock:
+            self._running[caller].add(number)
+        sink = self.responder.open(sender, lambda: self.engine.cancel(number), lambda: self._forget(caller, number))
+        try:
+            self.engine.submit(self._request(request, number, sampling, sink))
+        except Exception as error:
+            fault = error if isinstance(error, RequestError) else RequestError(str(error), ErrorCode.INTERNAL)
+            sink(Output(error=fault))
+
+    def _request(self, request: Any, number: str, sampling: SamplingParams, sink: Any) -> Request:
+        tensors = {tensor.name(): tensor for tensor in request.inputs()}
+        grids = tensors["IMAGE_GRIDS"].as_numpy().reshape(-1, 3).tolist() if "IMAGE_GRIDS" in tensors else []
+        digests = tensors["IMAGE_HASHES"].as_numpy().reshape(-1).tolist() if "IMAGE_HASHES" in tensors else []
+        if len(grids) != len(digests):
+            raise invalid("IMAGE_HASHES", len(digests), f"one for each of the {len(grids)} grids")
+        embeddings = None
+        if "IMAGE_EMBEDDINGS" in tensors and grids:
+            # A copy of our own: the input's memory belongs to the request.
+            shared = torch.from_dlpack(tensors["IMAGE_EMBEDDINGS"].to_dlpack())[0]
+            embeddings = shared.to(self.engine.runner.device, copy=True)
+        return Request(
+            number,
+            tensors["PROMPT_IDS"].as_numpy().tolist(),
+            sampling,
+            sink,
+            [(t, h, w) for t, h, w in grids],
+            digests,
+            embeddings,
+            _milliseconds(tensors.get("PREPROCESS_MS")),
+            _milliseconds(tensors.get("VISION_MS")),
+        )
+
+    def _stop(self, caller: str) -> None:
+        """End the running requests that their caller gave this id: a closed stream does not reach an ensemble."""
+        if not caller:
+            raise invalid("id", caller, "the id of the request to stop")
+        with self._lock:
+            numbers = list(self._running.get(caller, ()))
+        for number in numbers:
+            self.engine.cancel(number)
+
+    def _forget(self, caller: str, number: str) -> None:
+        with self._lock:
+            self._running[caller].discard(number)
+            if not self._running[caller]:
+                del self._running[caller]
+
+
+def _milliseconds(tensor: Any) -> float:
+    return 0.0 if tensor is None else float(np.ravel(tensor.as_numpy())[0])

@@ -1,0 +1,62 @@
+"""Adapter: a batch of requests' image files to their embeddings. The work is done in autoglm.vision.encoder."""
+
+import time
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from torch.utils.dlpack import to_dlpack
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import checkpoint_directory, load_config
+from autoglm.device import choose_device
+from autoglm.errors import ErrorCode, Exact, RequestError, invalid
+from autoglm.triton import error_response, log_to_triton
+from autoglm.vision.encoder import ImageFile, VisionEncoder
+
+
+class TritonPythonModel:
+    """One process per instance; Triton's dynamic batcher gathers the requests of one call."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        log_to_triton(pb_utils)
+        config = load_config()
+        device, dtype = choose_device(config.model, int(args["model_instance_device_id"] or 0))
+        checkpoint = Checkpoint.open(checkpoint_directory())
+        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        started = time.perf_counter()
+        read = [_read(request) for request in requests]
+        results = iter(self.encoder.encode([images for images in read if not isinstance(images, RequestError)]))
+        answers = [images if isinstance(images, RequestError) else next(results) for images in read]
+        milliseconds = np.array([[(time.perf_counter() - started) * 1000]], np.float32)
+        return [
+            error_response(pb_utils, answer)
+            if isinstance(answer, RequestError)
+            else pb_utils.InferenceResponse(
+                [
+                    pb_utils.Tensor.from_dlpack("IMAGE_EMBEDDINGS", to_dlpack(answer[None])),
+                    pb_utils.Tensor("VISION_MS", milliseconds),
+                ]
+            )
+            for answer in answers
+        ]
+
+    def finalize(self) -> None:
+        self.encoder.close()
+
+
+def _read(request: Any) -> list[ImageFile] | RequestError:
+    """The images of one request, or why they cannot be used."""
+    if request.is_cancelled():
+        return RequestError("cancelled before its images were encoded", ErrorCode.CANCELLED)
+    files = pb_utils.get_input_tensor_by_name(request, "IMAGE_FILES").as_numpy()
+    grids = pb_utils.get_input_tensor_by_name(request, "IMAGE_GRIDS").as_numpy()
+    if files.shape[0] != 1 or grids.shape != (1, files.shape[1], 3):
+        got = Exact(f"IMAGE_FILES {list(files.shape)} and IMAGE_GRIDS {list(grids.shape)}")
+        return invalid("IMAGE_FILES, IMAGE_GRIDS", got, "[1, n] and [1, n, 3]")
+    return [
+        ImageFile(data, (int(t), int(h), int(w)), f"IMAGES[{index}]")
+        for index, (data, (t, h, w)) in enumerate(zip(files[0].tolist(), grids[0], strict=True))
+    ]
