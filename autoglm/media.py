@@ -143,7 +143,8 @@ def _open(data: bytes, limits: LimitsConfig, name: str) -> tuple[Image.Image, Im
         width, height = image.size
         orientation = _orientation(image, late_exif)
     except Image.DecompressionBombError:
-        raise invalid(name, Exact("a decompression bomb"), f"at most {limits.max_image_pixels} pixels") from None
+        got = Exact(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels")
+        raise invalid(name, got, f"at most {limits.max_image_pixels} pixels per image") from None
     except Exception as error:  # Pillow's parsers raise a dozen kinds
         raise RequestError(f"{name}: the header of this {kind} cannot be read: {shorten(error)}") from None
     if width * height > limits.max_image_pixels:

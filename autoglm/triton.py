@@ -21,7 +21,8 @@ def error_response(pb_utils: Any, error: Exception) -> Any:
     """The response that answers one request with `error`.
 
     A RequestError keeps its message and code. Anything else is a fault of the server: the traceback goes to the log,
-    and the caller learns the kind of error only.
+    and the caller learns the kind of error only. The code stands before the message too, because a gRPC stream carries
+    an error's text alone.
     """
     if not isinstance(error, RequestError):
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
@@ -29,7 +30,7 @@ def error_response(pb_utils: Any, error: Exception) -> Any:
             f"internal error ({type(error).__name__}); the server's log has the details", ErrorCode.INTERNAL
         )
     code = getattr(pb_utils.TritonError, error.code.triton_name)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.message, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{error.code.value}: {error.message}", code))
 
 
 class _TritonHandler(logging.Handler):
