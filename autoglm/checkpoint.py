@@ -6,15 +6,11 @@ both are read here and nowhere else.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import nn
 
 
 class CheckpointError(ValueError):
@@ -88,7 +84,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory; `open` reads its JSON files, `weights` its tensors."""
+    """A checkpoint directory; `open` reads its JSON files. Its tensors are the business of `autoglm.weights`."""
 
     path: Path
     text: TextConfig
@@ -136,52 +132,6 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{self.path}: missing weight files {', '.join(missing[:3])}")
         return tuple(self.path / name for name in names)
-
-    def weights(self, prefixes: tuple[str, ...], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (full name, tensor) of every tensor under one of `prefixes`, each in its own dtype, on `device`."""
-        for shard in self.shards:
-            with safe_open(shard, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name.startswith(prefixes):
-                        yield name, file.get_tensor(name)
-
-
-def load_parameters(
-    module: nn.Module,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    rename: Mapping[str, str],
-    fused: Mapping[str, tuple[str, slice]] | None = None,
-) -> None:
-    """Copy checkpoint tensors into `module`, casting each to its parameter's dtype.
-
-    Args:
-        module: its parameters must all be covered, rows of fused ones included.
-        rename: checkpoint name prefix -> module name prefix.
-        fused: last module name of a checkpoint tensor -> (module name it is a part of, its rows there).
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape.
-    """
-    parameters = dict(module.named_parameters())
-    rows_left = {name: parameter.shape[0] for name, parameter in parameters.items()}
-    for full_name, tensor in weights:
-        name = next(new + full_name[len(old) :] for old, new in rename.items() if full_name.startswith(old))
-        rows = slice(None)
-        owner, _, kind = name.rpartition(".")
-        parent, _, leaf = owner.rpartition(".")
-        if fused and leaf in fused:
-            whole, rows = fused[leaf]
-            name = f"{parent}.{whole}.{kind}"
-        if name not in parameters:
-            raise CheckpointError(f"unexpected tensor {full_name}")
-        target = parameters[name].data[rows]
-        if target.shape != tensor.shape:
-            raise CheckpointError(f"tensor {full_name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
-        target.copy_(tensor)
-        rows_left[name] -= target.shape[0]
-    missing = [name for name, left in rows_left.items() if left != 0]
-    if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing or doubled, the first is {missing[0]}")
 
 
 def _read_json(path: Path, required: bool = True) -> dict[str, Any]:

@@ -15,21 +15,21 @@ SPECIALS = [
 ]  # fmt: skip
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
-# The text of GLM-4.1V's template: pieces of the tests' own wording, the same rendering.
-TEMPLATE = (
-    "[gMASK]<sop>"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'user' %}<|user|>\n"
-    "{%- if message.content is string %}{{ message.content }}"
-    "{%- else %}{%- for item in message.content %}"
-    "{%- if item.type == 'image' or 'image' in item %}<|begin_of_image|><|image|><|end_of_image|>"
-    "{%- elif item.type == 'text' %}{{ item.text }}{%- endif %}"
-    "{%- endfor %}{%- endif %}"
-    "{%- elif message.role == 'assistant' %}<|assistant|>\n{{ message.content }}"
-    "{%- elif message.role == 'system' %}<|system|>\n{{ message.content }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}<|assistant|>\n{%- endif %}"
-)
+# In our own words: renders as GLM-4.1V's template does.
+TEMPLATE = """\
+[gMASK]<sop>
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{ '<|user|>\\n' }}
+{%- if message.content is string %}{{ message.content }}
+{%- else %}{%- for item in message.content %}
+{%- if item.type == 'image' or 'image' in item %}{{ '<|begin_of_image|><|image|><|end_of_image|>' }}
+{%- elif item.type == 'text' %}{{ item.text }}
+{%- endif %}{%- endfor %}{%- endif %}
+{%- elif message.role == 'assistant' %}{{ '<|assistant|>\\n' + message.content }}
+{%- elif message.role == 'system' %}{{ '<|system|>\\n' + message.content }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
     from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedTokenizerFast
 
     tokenizer = make_tokenizer()
-    ids = {text: tokenizer.token_to_id(text) for text in SPECIALS + TAGS}
+    ids: dict[str, int] = {text: tokenizer.token_to_id(text) or 0 for text in SPECIALS + TAGS}
     eos = [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"], ids["</answer>"]]
     config = Glm4vConfig(
         text_config={
@@ -100,10 +100,11 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
         tie_word_embeddings=shape.tied,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = Glm4vForConditionalGeneration(config).eval()
+    model: Any = Glm4vForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        # transformers' 0.02 leaves every norm at 1 and every answer alike: spread norms, and keep products at unit scale.
+        # transformers' 0.02 leaves norms at 1 and answers alike: spread norms, and keep products at unit scale.
         spread = torch.randn(parameter.shape, generator=generator)
         embedding = "embed" in name and parameter.dim() == 2
         fan_in = 1 if embedding else parameter[0].numel()
@@ -111,7 +112,8 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
     if shape.tied:
         model.tie_weights()
     model.save_pretrained(directory, max_shard_size=shape.shard_size)
-    PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    fast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|endoftext|>", padding_side="left"
     ).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")

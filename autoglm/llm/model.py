@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoglm.checkpoint import Checkpoint, TextConfig, load_parameters
+from autoglm.checkpoint import Checkpoint, TextConfig
 from autoglm.layers import RMSNorm
+from autoglm.weights import load_parameters, read_weights
 
 
 class Attention(Protocol):
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
             "k_proj": ("qkv_proj", slice(query, query + key)),
             "v_proj": ("qkv_proj", slice(query + key, query + 2 * key)),
         }
-        load_parameters(model, checkpoint.weights(tuple(prefixes), device), prefixes, fused)
+        load_parameters(model, read_weights(checkpoint, tuple(prefixes), device), prefixes, fused)
         return model
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,9 @@ class VisionEncoder:
                 ready = [(index, job.result(), im.grid) for job, im in zip(decoded[index], images, strict=True)]
             except RequestError as error:
                 results[index] = error
+            except Exception as error:  # such as a want of memory: this request's alone
+                log.exception("an image could not be decoded")
+                results[index] = RequestError(f"an image could not be decoded: {error}", ErrorCode.INTERNAL)
             else:
                 pending += ready
         for group in self._passes(pending):

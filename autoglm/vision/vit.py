@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoglm.checkpoint import Checkpoint, VisionConfig, load_parameters
+from autoglm.checkpoint import Checkpoint, VisionConfig
 from autoglm.layers import RMSNorm
+from autoglm.weights import load_parameters, read_weights
 
 Grid = tuple[int, int, int]
 
@@ -135,7 +136,7 @@ class VisionTransformer(nn.Module):
         with torch.device("meta"):
             model = cls(checkpoint.vision)
         model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        load_parameters(model, checkpoint.weights(("model.visual.",), device), {"model.visual.": ""})
+        load_parameters(model, read_weights(checkpoint, ("model.visual.",), device), {"model.visual.": ""})
         return model
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:

@@ -79,6 +79,7 @@ def _outputs(prompt: Prompt, milliseconds: float) -> list[Any]:
         pb_utils.Tensor("IMAGE_FILES", _row([image.data for image in images])),
         pb_utils.Tensor("IMAGE_GRIDS", grids),
         pb_utils.Tensor("IMAGE_HASHES", _row([image.hash.encode() for image in images])),
+        pb_utils.Tensor("IMAGE_NAMES", _row([image.name.encode() for image in images])),
         pb_utils.Tensor("PREPROCESS_MS", np.array([milliseconds], np.float32)),
     ]
 

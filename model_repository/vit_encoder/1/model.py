@@ -51,12 +51,14 @@ def _read(request: Any) -> list[ImageFile] | RequestError:
     """The images of one request, or why they cannot be used."""
     if request.is_cancelled():
         return RequestError("cancelled before its images were encoded", ErrorCode.CANCELLED)
-    files = pb_utils.get_input_tensor_by_name(request, "IMAGE_FILES").as_numpy()
-    grids = pb_utils.get_input_tensor_by_name(request, "IMAGE_GRIDS").as_numpy()
-    if files.shape[0] != 1 or grids.shape != (1, files.shape[1], 3):
-        got = Exact(f"IMAGE_FILES {list(files.shape)} and IMAGE_GRIDS {list(grids.shape)}")
-        return invalid("IMAGE_FILES, IMAGE_GRIDS", got, "[1, n] and [1, n, 3]")
+    files, grids, names = (
+        pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+        for name in ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_NAMES")
+    )
+    if files.shape[0] != 1 or grids.shape != (1, files.shape[1], 3) or names.shape != files.shape:
+        got = Exact(f"{list(files.shape)}, {list(grids.shape)} and {list(names.shape)}")
+        return invalid("IMAGE_FILES, IMAGE_GRIDS, IMAGE_NAMES", got, "[1, n], [1, n, 3] and [1, n]")
     return [
-        ImageFile(data, (int(t), int(h), int(w)), f"IMAGES[{index}]")
-        for index, (data, (t, h, w)) in enumerate(zip(files[0].tolist(), grids[0], strict=True))
+        ImageFile(data, (int(t), int(h), int(w)), name.decode())
+        for data, (t, h, w), name in zip(files[0], grids[0], names[0], strict=True)
     ]

@@ -1,0 +1,102 @@
+"""What a running server takes: time to the first token, time per token, memory by process.
+
+    python -m benchmarks.served [--server 127.0.0.1:8001] [--out FILE]
+
+Workloads: `text` is a prompt of about 128 tokens; `screenshot` is a 1080x2400 image, another one each time, made by
+enlarging 68x150 random pixels, with about 70 tokens of text. Each is asked for 65 tokens, end-of-text ignored; medians.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from autoglm_client import Client
+from PIL import Image
+
+TOKENS = 65
+REPEATS = 5
+
+
+def screenshot(seed: int) -> bytes:
+    """An encoded PNG of 1080x2400."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (150, 68, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((1080, 2400), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def measure(client: Client, prompt: str, images: list[bytes]) -> dict[str, float]:
+    """Milliseconds of one request as its caller sees them, and the server's own by stage."""
+    started = time.perf_counter()
+    arrivals: list[float] = []
+    stream = client.stream(prompt=prompt, images=images, max_tokens=TOKENS, ignore_eos=True)
+    for piece in stream:
+        arrivals += [time.perf_counter()] * len(piece.token_ids)
+    usage = stream.result().usage
+    return {
+        "first token, ms": (arrivals[0] - started) * 1e3,
+        "per token, ms": (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) * 1e3,
+        "total, ms": (arrivals[-1] - started) * 1e3,
+        "preprocess, ms": usage.preprocess_ms,
+        "vision, ms": usage.vision_ms,
+        "queue, ms": usage.queue_ms,
+        "prefill, ms": usage.prefill_ms,
+        "prompt tokens": usage.prompt_tokens,
+    }
+
+
+def gpu_memory() -> list[dict[str, Any]]:
+    """Memory on the GPU by process, MiB, as nvidia-smi reports it; empty without one."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    rows = []
+    for line in lines:
+        pid, used = (part.strip() for part in line.split(","))
+        rows.append({"name": process_name(int(pid)), "value": float(used), "unit": "MiB"})
+    return rows
+
+
+def process_name(pid: int) -> str:
+    """The Triton model that a stub process serves, or the program's name."""
+    arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    model = next((Path(a).parts[-3] for a in arguments if a.endswith("/1/model.py")), "")
+    return model or Path(arguments[0]).name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--server", default="127.0.0.1:8001")
+    parser.add_argument("--machine", default="unnamed machine")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with Client(args.server) as client:
+        for name, images, text in (("text", 0, "a" * 120), ("screenshot", 1, "b" * 64)):
+            runs = [
+                measure(client, f"{i} {text}", [screenshot(1000 * repeat + i)] * images)
+                for repeat in range(2)
+                for i in range(REPEATS)
+            ][REPEATS:]  # the first round warms up
+            for key in runs[0]:
+                value = statistics.median(run[key] for run in runs)
+                rows.append({"name": f"{name}: {key}", "value": round(value, 2), "unit": key.split(", ")[-1]})
+    rows += gpu_memory()
+    for row in rows:
+        print(f"{row['name']:36} {row['value']:10.2f} {row['unit']}")
+    if args.out:
+        result = {"machine": args.machine, "date": date.today().isoformat(), "rows": rows}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The vision adapter through a stand-in for pb_utils: batches of requests, zero images, faults of one request."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autoglm.vision.encoder import FEATURE_DTYPE
+from autoglm.vision.image_processor import grid_of, patches, smart_resize
+from autoglm.vision.vit import VisionTransformer
+from tests.adapters.fake_pb_utils import InferenceRequest, Tensor, bytes_tensor, load_adapter
+from tests.conftest import Pair
+from tests.images import encode, picture
+
+SIZES = [(60, 90), (200, 100), (57, 57)]
+
+
+@pytest.fixture(scope="module")
+def model(plain: Pair) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOGLM_CHECKPOINT", str(plain.checkpoint.path))
+        patch.delenv("AUTOGLM_CONFIG", raising=False)
+        adapter = load_adapter("vit_encoder").TritonPythonModel()
+        adapter.initialize({"model_instance_device_id": "0"})
+        yield adapter
+        adapter.finalize()
+
+
+def make_request(plain: Pair, files: list[bytes], sizes: list[tuple[int, int]], **options: Any) -> InferenceRequest:
+    limits = plain.checkpoint.image_limits
+    grids = [grid_of(smart_resize(height, width, limits), limits) for width, height in sizes]
+    return InferenceRequest(
+        [
+            bytes_tensor("IMAGE_FILES", files, (1, len(files))),
+            Tensor("IMAGE_GRIDS", np.array(grids, np.int32).reshape(1, len(files), 3)),
+            bytes_tensor("IMAGE_NAMES", [f"IMAGES[{i}]" for i in range(len(files))], (1, len(files))),
+        ],
+        **options,
+    )
+
+
+def embeddings(response: Any) -> torch.Tensor:
+    assert not response.has_error()
+    return torch.from_dlpack(response["IMAGE_EMBEDDINGS"].to_dlpack())
+
+
+def test_batch(model: Any, plain: Pair) -> None:
+    """Requests with two, no and one images in one call: each gets its own rows, equal to the ViT's, in bfloat16."""
+    images = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
+    files = [encode(image) for image in images]
+    requests = [
+        make_request(plain, files[:2], SIZES[:2]),
+        make_request(plain, [], []),
+        make_request(plain, files[2:], SIZES[2:]),
+    ]
+    responses = model.execute(requests)
+    limits = plain.checkpoint.image_limits
+    vit = VisionTransformer.load(plain.checkpoint, torch.device("cpu"), torch.float32)
+    expected = []
+    for image in images:
+        size = smart_resize(image.height, image.width, limits)
+        expected.append(vit(torch.from_numpy(patches(image, size, limits)), [grid_of(size, limits)]))
+    assert embeddings(responses[1]).shape == (1, 0, plain.checkpoint.text.hidden_size)
+    for response, wanted in ((responses[0], torch.cat(expected[:2])), (responses[2], expected[2])):
+        got = embeddings(response)
+        assert got.dtype == FEATURE_DTYPE
+        assert got.shape == (1, *wanted.shape)
+        assert (got[0].float() - wanted).abs().max() <= 0.01 * wanted.abs().max()
+        assert response["VISION_MS"].as_numpy().shape == (1, 1)
+
+
+def test_small_passes_give_the_same(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [encode(picture(*size)) for size in SIZES]
+    whole = embeddings(model.execute([make_request(plain, files, SIZES)])[0])
+    monkeypatch.setattr(model.encoder, "max_patches", 1)
+    assert torch.equal(embeddings(model.execute([make_request(plain, files, SIZES)])[0]), whole)
+
+
+def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
+    good = encode(picture(*SIZES[0]))
+    requests = [
+        make_request(plain, [good], SIZES[:1]),
+        make_request(plain, [good, good[:200]], [SIZES[0], SIZES[0]]),
+        make_request(plain, [good], SIZES[:1], cancelled=True),
+        make_request(plain, [good], SIZES[:1]),
+    ]
+    requests[3].inputs()[1] = Tensor("IMAGE_GRIDS", np.ones((1, 2, 3), np.int32))
+    responses = model.execute(requests)
+    assert embeddings(responses[0]).shape[1] > 0
+    assert responses[1].error().message().startswith("INVALID_ARGUMENT: IMAGES[1]")
+    assert responses[2].error().message().startswith("CANCELLED")
+    assert "IMAGE_GRIDS" in responses[3].error().message()
+
+
+def test_a_failing_pass_is_answered(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.encoder, "_embed", fail)
+    response = model.execute([make_request(plain, [encode(picture(*SIZES[0]))], SIZES[:1])])[0]
+    assert response.error().message().startswith("INTERNAL")
