@@ -1,0 +1,103 @@
+"""The launcher with the whole ensemble: what ./run_autoglm_server.sh does once everything is installed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from autoglm_launcher import probe
+from autoglm_launcher.ports import Ports
+from autoglm_launcher.probe import Sample
+from autoglm_launcher.processes import descendants, is_running, server_processes
+from autoglm_launcher.server import ROOT, TritonServer
+from autoglm_launcher.watchdog import Watchdog
+
+START_S = 120
+
+
+class Launcher:
+    """A running `python -m autoglm_launcher`, its lines read from a file."""
+
+    def __init__(self, checkpoint: Path, directory: Path, *options: str) -> None:
+        ports = Ports.free()
+        self.http_address = f"127.0.0.1:{ports.http}"
+        self._output = directory / "output.txt"
+        command = [sys.executable, "-m", "autoglm_launcher", "--checkpoint", str(checkpoint)]
+        command += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc)]
+        command += ["--metrics-port", str(ports.metrics), "--log", str(directory / "server.log"), *options]
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + START_S
+        while text not in self.output and time.monotonic() < deadline and self.process.poll() is None:
+            time.sleep(0.1)
+        assert text in self.output, self.output
+
+    def stub_of(self, model: str) -> int:
+        found = [process for process in server_processes(self.process.pid) if process.instance.startswith(model)]
+        return found[0].pid
+
+
+@contextmanager
+def launched(checkpoint: Path, directory: Path, *options: str) -> Iterator[Launcher]:
+    launcher = Launcher(checkpoint, directory, *options)
+    try:
+        yield launcher
+    finally:
+        launcher.process.kill()
+        launcher.process.wait()
+
+
+def test_once_prints_thought_and_action_and_leaves_nothing(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with launched(demo_checkpoint, tmp_path, "--once") as launcher:
+        launcher.wait_for("models loaded")
+        started = descendants(launcher.process.pid)
+        assert launcher.process.wait(START_S) == 0, launcher.output
+        task, thought, action = launcher.output.splitlines()[-3:]
+        assert task == f"task:    {Sample.first().task}"
+        assert len(thought.removeprefix("thought: ")) > 0
+        assert action.startswith(("action:  do(action=", "action:  finish("))
+        assert started
+        assert not [pid for pid in started if is_running(pid)]
+
+
+def test_recovers_from_a_dead_stub_and_stops_when_told(
+    demo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with launched(demo_checkpoint, tmp_path) as launcher:
+        launcher.wait_for("Ctrl-C stops it")
+        assert probe.main(["--http", launcher.http_address]) == 0
+
+        os.kill(launcher.stub_of("autoglm_llm"), signal.SIGKILL)
+        launcher.wait_for("serving again")
+        assert "the process of model instance autoglm_llm_0_0 died; restarting in 1 s" in launcher.output
+        assert probe.main(["--http", launcher.http_address]) == 0
+
+        started = descendants(launcher.process.pid)
+        launcher.process.send_signal(signal.SIGTERM)
+        assert launcher.process.wait(30) == 128 + signal.SIGTERM
+        assert not [pid for pid in started if is_running(pid)]
+        assert probe.main(["--http", launcher.http_address]) == 1
+
+
+def test_the_watchdog_notices_a_hung_stub(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with TritonServer(checkpoint=demo_checkpoint, log_path=tmp_path / "server.log") as server:
+        watchdog = Watchdog(server, Sample.first(), interval_s=0.0, timeout_s=5.0, patience=1)
+        assert watchdog.check() is None
+        (hung,) = [process.pid for process in server.processes() if process.instance.startswith("autoglm_llm")]
+        os.kill(hung, signal.SIGSTOP)
+        assert "1 failed probe(s) in a row: " in (watchdog.check() or "")
+        assert server.is_ready(), "Triton notices nothing"
+        server.stop(now=True)
+        assert not is_running(hung)

@@ -1,0 +1,99 @@
+"""Reading checkpoint directories, whole and broken. What they compute is tested in tests/parity."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autoglm.checkpoint import Checkpoint, CheckpointError
+from autoglm.llm.model import LanguageModel
+from autoglm.vision.vit import VisionTransformer
+from tests.conftest import Pair
+
+CPU = torch.device("cpu")
+
+
+def test_everything_comes_from_the_files(pair: Pair) -> None:
+    checkpoint, config = pair.checkpoint, pair.reference.config
+    assert checkpoint.text.rope_theta == 1e4
+    assert checkpoint.text.rotary_dim * 2 == checkpoint.text.head_dim
+    assert checkpoint.image_token_id == config.image_token_id
+    assert len(checkpoint.eos_token_ids) == 4
+    assert checkpoint.image_limits.max_pixels == 9633792
+    assert "<|assistant|>" in checkpoint.chat_template
+    assert checkpoint.vision.intermediate_size == config.vision_config.intermediate_size
+
+
+@pytest.fixture
+def copy(plain: Pair, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain.checkpoint.path, tmp_path / "copy"))
+
+
+def change(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        edit(content)
+        (directory / name).write_text(json.dumps(content))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda d: (d / "chat_template.jinja").unlink(), "chat template"),
+        (change("config.json", lambda c: c.update(model_type="llama")), "model_type is 'llama'"),
+        (change("config.json", lambda c: c.pop("image_token_id")), "image_token_id is missing"),
+        (change("config.json", lambda c: c["text_config"].pop("rope_parameters")), "mrope_section"),
+        (change("config.json", lambda c: c["vision_config"].pop("depth")), "vision_config.depth"),
+        (
+            change("config.json", lambda c: c["text_config"]["rope_parameters"].update(rope_type="yarn")),
+            "'yarn' is not supported",
+        ),
+        (change("processor_config.json", lambda c: c["image_processor"].pop("size")), "longest_edge"),
+    ],
+)
+def test_broken_description(copy: Path, edit: Callable[[Path], None], message: str) -> None:
+    edit(copy)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(copy)
+
+
+def test_broken_weights(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    whole = load_file(file)
+    name = "model.language_model.layers.1.self_attn.k_proj.weight"
+
+    def load(weights: dict[str, torch.Tensor]) -> None:
+        save_file(weights, file)
+        LanguageModel.load(Checkpoint.open(copy), CPU, torch.float32)
+        VisionTransformer.load(Checkpoint.open(copy), CPU, torch.float32)
+
+    load(whole)
+    with pytest.raises(CheckpointError, match="missing or doubled, the first is layers.1"):
+        load({key: tensor for key, tensor in whole.items() if key != name})
+    with pytest.raises(CheckpointError, match=r"unexpected tensor model\.visual\.extra"):
+        load({**whole, "model.visual.extra": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="has shape"):
+        load({**whole, name: whole[name][1:].clone()})
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing weight files"):
+        load_shards = Checkpoint.open(copy).shards
+        assert not load_shards
+
+
+def test_each_tensor_brings_its_own_dtype(copy: Path, plain: Pair) -> None:
+    """A file of mixed dtypes loads, and what is exact in both stays exact."""
+    file = copy / "model.safetensors"
+    mixed = {name: t.bfloat16() if t.dim() > 1 else t for name, t in load_file(file).items()}
+    save_file(mixed, file)
+    model = LanguageModel.load(Checkpoint.open(copy), CPU, torch.float32)
+    assert torch.equal(model.embed_tokens.weight, mixed["model.language_model.embed_tokens.weight"].float())
+    assert torch.equal(model.norm.weight, mixed["model.language_model.norm.weight"])
