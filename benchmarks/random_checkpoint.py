@@ -111,7 +111,7 @@ def random_tensor(shape: torch.Size, name: str, device: torch.device) -> torch.T
     if len(shape) == 1:
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         return (centre + 0.02 * torch.randn(shape, device=device)).bfloat16()
-    return (shape[1:].numel() ** -0.5 * torch.randn(shape, device=device)).bfloat16()
+    return torch.randn(shape, device=device).mul_(shape[1:].numel() ** -0.5).bfloat16()
 
 
 def _split(name: str, tensor: torch.Tensor, text: TextConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,7 +120,7 @@ def _split(name: str, tensor: torch.Tensor, text: TextConfig) -> Iterator[tuple[
         yield name, tensor
         return
     sizes = [heads * text.head_dim for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)]
-    for letter, part in zip("qkv", tensor.split(sizes), strict=True):
+    for letter, part in zip("qkv", torch.split(tensor, sizes), strict=True):
         yield name.replace("qkv_proj", f"{letter}_proj"), part.contiguous()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from autoglm.vision.encoder import FEATURE_DTYPE
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
@@ -43,7 +44,7 @@ def make_request(plain: Pair, files: list[bytes], sizes: list[tuple[int, int]], 
 
 def embeddings(response: Any) -> torch.Tensor:
     assert not response.has_error()
-    return torch.from_dlpack(response["IMAGE_EMBEDDINGS"].to_dlpack())
+    return from_dlpack(response["IMAGE_EMBEDDINGS"].to_dlpack())
 
 
 def test_batch(model: Any, plain: Pair) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Call:
     def __init__(
         self,
         server: TritonServer,
-        inputs: dict[str, Sequence[bytes | str]] | list[grpc.InferInput],
+        inputs: Mapping[str, Sequence[bytes | str]] | list[grpc.InferInput],
         parameters: dict[str, Any] | None = None,
         request_id: str = "",
         model: str = "ensemble",
@@ -51,7 +51,7 @@ class Call:
         self._responses: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._client = grpc.InferenceServerClient(server.grpc_url)
         self._client.start_stream(lambda result, error: self._responses.put((result, error)))
-        tensors = [bytes_input(k, v) for k, v in inputs.items()] if isinstance(inputs, dict) else inputs
+        tensors = [bytes_input(k, v) for k, v in inputs.items()] if isinstance(inputs, Mapping) else inputs
         self._client.async_stream_infer(
             model, tensors, request_id=request_id, parameters=parameters, enable_empty_final_response=True, **options
         )
@@ -83,7 +83,7 @@ class Call:
         self._client.close()
 
 
-def ask(server: TritonServer, inputs: dict[str, Sequence[bytes | str]], **parameters: Any) -> Reply:
+def ask(server: TritonServer, inputs: Mapping[str, Sequence[bytes | str]], **parameters: Any) -> Reply:
     """Send one request to the ensemble and wait for its answer."""
     return Call(server, inputs, parameters).result()
 
