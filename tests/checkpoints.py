@@ -44,6 +44,8 @@ class Shape:
     vision_hidden: int = 64
     vision_heads: int = 4
     vision_depth: int = 2
+    rope_theta: float = 1e4
+    ends_at_answer: bool = True  # `</answer>` is among the eos ids
     old_layout: bool = False
     shard_size: str = "5GB"
     tied: bool = False
@@ -54,6 +56,7 @@ SHAPES = {
     "one-kv-head": Shape(hidden=96, heads=6, kv_heads=1, section=(1, 1, 2), layers=3),
     "no-grouping": Shape(heads=4, kv_heads=4, vision_hidden=96, vision_heads=3, vision_depth=3),
     "old-layout-sharded": Shape(old_layout=True, shard_size="700KB"),
+    "like-4.6v-flash": Shape(rope_theta=5e5, ends_at_answer=False),
     "tied": Shape(tied=True),
 }
 
@@ -79,14 +82,16 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
 
     tokenizer = make_tokenizer()
     ids: dict[str, int] = {text: tokenizer.token_to_id(text) or 0 for text in SPECIALS + TAGS}
-    eos = [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"], ids["</answer>"]]
+    eos = [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"]]
+    if shape.ends_at_answer:
+        eos.append(ids["</answer>"])
     config = Glm4vConfig(
         text_config={
             "vocab_size": 384, "hidden_size": shape.hidden, "intermediate_size": 2 * shape.hidden,
             "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 8192, "attention_bias": True,
             "eos_token_id": eos, "pad_token_id": ids["<|endoftext|>"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, "partial_rotary_factor": 0.5,
                                 "mrope_section": list(shape.section)},
         },
         vision_config={

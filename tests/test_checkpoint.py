@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 
 def test_everything_comes_from_the_files(pair: Pair) -> None:
     checkpoint, config = pair.checkpoint, pair.reference.config
-    assert checkpoint.text.rope_theta == 1e4
+    assert checkpoint.text.rope_theta == pair.reference.config.text_config.rope_parameters["rope_theta"]
     assert checkpoint.text.rotary_dim * 2 == checkpoint.text.head_dim
     assert checkpoint.image_token_id == config.image_token_id
-    assert len(checkpoint.eos_token_ids) == 4
+    assert list(checkpoint.eos_token_ids) == pair.reference.config.text_config.eos_token_id
     assert checkpoint.image_limits.max_pixels == 9633792
     assert "<|assistant|>" in checkpoint.chat_template
     assert checkpoint.vision.intermediate_size == config.vision_config.intermediate_size

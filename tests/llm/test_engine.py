@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 
+from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode
 from autoglm.llm.sequence import Output, Request
+from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
 from tests.llm.harness import Harness
 from tests.prompts import GRIDS, random_pixels, random_prompt, random_text
@@ -251,3 +253,24 @@ def wait_for(condition, seconds: float = 20) -> None:  # type: ignore[no-untyped
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize("ends_at_answer", [True, False])
+def test_answer_tag_never_shows(tmp_path_factory: pytest.TempPathFactory, ends_at_answer: bool) -> None:
+    """`</answer>` ends the answer where the checkpoint says so; where it does not, it is left out of the text."""
+    directory = tmp_path_factory.mktemp("ends")
+    make_checkpoint(directory, Shape(ends_at_answer=ends_at_answer))
+    harness = Harness(Checkpoint.open(directory))
+    tag = harness.engine.vocabulary.tokenizer.token_to_id("</answer>")
+    assert tag is not None
+    weight = harness.engine.runner.model.lm_head.weight
+    weight[tag] = 0  # logits of 0 for the tag, everything else below
+    weight[:tag] = weight[tag + 1 :] = -harness.engine.runner.model.norm.weight
+    request = harness.random_request("a", 1, ignore_eos=False, max_tokens=5)
+    run = harness.engine.runner.model.logits
+    harness.engine.runner.model.logits = lambda hidden: run(hidden.abs())  # type: ignore[method-assign]
+    harness.run(request)
+    answer = harness.answers["a"]
+    assert answer.token_ids == ([tag] if ends_at_answer else [tag] * 5)
+    assert answer.last.finish_reason == ("stop" if ends_at_answer else "length")
+    assert answer.text == ""
