@@ -1,0 +1,162 @@
+"""The command `autoglm`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from autoglm_client.client import Client, Stream
+from autoglm_client.draw import draw
+from autoglm_client.errors import AutoGLMError
+from autoglm_client.images import image_bytes
+from autoglm_client.result import Result
+from autoglm_client.thought import ThoughtFilter
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 an action came, 1 the server failed or gave none, 2 wrong usage."""
+    options = _options(argv)
+    try:
+        images = [image_bytes(Path(name)) for name in options.image]
+        system = options.system.read_text("utf-8") if options.system else None
+        if options.draw:
+            _check_drawing(images, options.draw)
+    except (OSError, ValueError) as error:
+        return _complain(str(error), USAGE)
+    try:
+        result = _ask(options, images, system)
+    except AutoGLMError as error:
+        return _complain(str(error), FAILED)
+    except KeyboardInterrupt:
+        return _complain("cancelled", INTERRUPTED)
+    return _report(options, images, result)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="autoglm", description="Ask an AutoGLM server what to do on a screen.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    ask = commands.add_parser("ask", help="send a screen and a task; print the thought and the action")
+    ask.add_argument("task", help="what to do, in words")
+    ask.add_argument("--image", action="append", default=[], metavar="FILE", help="a screenshot; may be repeated")
+    ask.add_argument("--system", type=Path, metavar="FILE", help="a file with the system prompt")
+    ask.add_argument("--server", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
+    ask.add_argument("--max-tokens", type=int, metavar="N")
+    ask.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    ask.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for the whole answer (%(default)s)"
+    )
+    ask.add_argument("--draw", type=Path, metavar="FILE", help="save the last image with the action drawn on it")
+    output = ask.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object instead")
+    output.add_argument("--quiet", action="store_true", help="print the action only")
+    options = parser.parse_args(argv)
+    if options.draw and not options.image:
+        ask.error("--draw needs an --image to draw on")
+    if options.timeout <= 0:
+        ask.error("--timeout must be positive")
+    return options
+
+
+def _check_drawing(images: list[bytes], target: Path) -> None:
+    """Find out before asking that there will be nothing to draw on or no file to draw into."""
+    try:
+        Image.open(io.BytesIO(images[-1]))
+    except UnidentifiedImageError:
+        raise ValueError("--draw: the last --image is not an image file") from None
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--draw: {target.name} has no ending of an image format, such as .png")
+    if not target.parent.is_dir():
+        raise ValueError(f"--draw: there is no directory {target.parent}")
+
+
+def _ask(options: argparse.Namespace, images: list[bytes], system: str | None) -> Result:
+    question: dict[str, Any] = {"prompt": options.task}
+    if system is not None:
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": options.task}]
+        question = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": parts}]}
+    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    # Leaving these blocks, also by Ctrl-C, stops the request on the server.
+    with (
+        Client(options.server, timeout=options.timeout) as client,
+        client.stream(images=images, **question, **sampling) as stream,
+    ):
+        if not (options.quiet or options.json):
+            _show_thought(stream)
+        return stream.result()
+
+
+def _show_thought(stream: Stream) -> None:
+    """Print the thought as it comes, and end its line however the stream ends."""
+    shown = ThoughtFilter()
+    begun = False
+    try:
+        for piece in stream:
+            text = shown.feed(piece.text)
+            begun = begun or bool(text)
+            print(text, end="", flush=True)
+        text = shown.end()
+        begun = begun or bool(text)
+        print(text, end="")
+    finally:
+        if begun:
+            print(flush=True)
+
+
+def _report(options: argparse.Namespace, images: list[bytes], result: Result) -> int:
+    action = result.action
+    if options.json:
+        print(json.dumps(_as_json(result), ensure_ascii=False))
+    elif action:
+        print(action)
+    if not (options.quiet or options.json):
+        print(_timing(result), file=sys.stderr)
+    if not action:
+        return _complain(f"the answer holds no action ({result.action_error}): {result.text[-200:]!r}", FAILED)
+    if options.draw:
+        try:
+            draw(Image.open(io.BytesIO(images[-1])), action).save(options.draw)
+        except OSError as error:
+            return _complain(f"--draw: {error}", USAGE)
+    return OK
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    action = result.action
+    return {
+        "thought": result.thought,
+        "action": {"name": action.NAME, **action.arguments()} if action else None,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": asdict(result.usage),
+        "first_piece_seconds": round(result.first_piece_seconds, 4),
+        "total_seconds": round(result.total_seconds, 4),
+    }
+
+
+def _timing(result: Result) -> str:
+    usage = result.usage
+    return (
+        f"{result.finish_reason}: first piece {result.first_piece_seconds:.2f} s, total {result.total_seconds:.2f} s; "
+        f"prompt {usage.prompt_tokens} tokens ({usage.image_tokens} image, {usage.cached_tokens} cached), "
+        f"answer {usage.completion_tokens}; ms: queue {usage.queue_ms:.0f}, preprocess {usage.preprocess_ms:.0f}, "
+        f"vision {usage.vision_ms:.0f}, prefill {usage.prefill_ms:.0f}, decode {usage.decode_ms:.0f}"
+    )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"autoglm: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

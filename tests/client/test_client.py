@@ -1,0 +1,276 @@
+"""The blocking client against a gRPC server that says what Triton says."""
+
+import gc
+import json
+import math
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from autoglm_client import (
+    AutoGLMError,
+    Cancelled,
+    Client,
+    InvalidRequest,
+    Point,
+    RequestTimeout,
+    ServerError,
+    ServerUnavailable,
+    Tap,
+    Usage,
+)
+from PIL import Image
+
+from tests.client.fake_server import ANSWER, FakeServer, inputs
+
+
+def test_streams_pieces_and_then_the_result(fake: FakeServer) -> None:
+    with Client(fake.url) as client, client.stream(prompt="打开设置") as stream:
+        pieces = list(stream)
+        result = stream.result()
+    assert [piece.text for piece in pieces] == ANSWER
+    assert pieces[1].token_ids == (1, 1)
+    assert result.text == "".join(ANSWER)
+    assert result.token_ids == (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)
+    assert (result.thought, result.action, result.action_error) == ("点设置", Tap(Point(517, 233)), None)
+    assert result.finish_reason == "stop"
+    assert result.usage == Usage(
+        prompt_tokens=40, image_tokens=32, completion_tokens=12, cached_tokens=8, decode_ms=1.5
+    )
+    assert 0 < result.first_piece_seconds <= result.total_seconds
+    assert not fake.stopped[result.request_id].is_set()  # nothing to stop
+
+
+def test_generate_asks_for_one_response(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        result = client.generate(prompt="打开设置", request_id="mine")
+    assert (result.text, result.request_id) == ("".join(ANSWER), "mine")
+    assert not fake.requests[0].parameters["stream"].bool_param
+
+
+def test_sends_what_it_is_given(fake: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"file a")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "打开"}]}]
+    picture = Image.new("RGB", (2, 2))
+    with Client(fake.url) as client:
+        client.generate(
+            messages=chat,
+            images=[
+                tmp_path / "a.png",
+                str(tmp_path / "a.png"),
+                b"b",
+                bytearray(b"c"),
+                "data:image/png;base64,QQ==",
+                picture,
+            ],
+            timeout=2.5,
+            max_tokens=5,
+            temperature=0.5,
+            top_p=1,
+            ignore_eos=True,
+            stop=["。", "x"],
+            stop_token_ids=[1, 2],
+            seed=None,
+            priority=3,
+        )
+    request = fake.requests[0]
+    sent = inputs(request)
+    assert json.loads(sent["MESSAGES"][0]) == chat
+    assert sent["IMAGES"][:5] == [b"file a", b"file a", b"b", b"c", b"data:image/png;base64,QQ=="]
+    assert sent["IMAGES"][5].startswith(b"\x89PNG")
+    assert set(sent) == {"MESSAGES", "IMAGES"}
+    values = {name: getattr(p, p.WhichOneof("parameter_choice")) for name, p in request.parameters.items()}
+    assert values == {
+        "stream": False,
+        "timeout": 2_500_000,
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 1,
+        "ignore_eos": True,
+        "stop": '["。", "x"]',
+        "stop_token_ids": "[1, 2]",
+        "priority": 3,
+    }
+    assert request.parameters["priority"].WhichOneof("parameter_choice") == "uint64_param"  # as Triton wants it
+
+
+def test_refuses_what_cannot_be_sent(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        for wrong in ({}, {"prompt": "a", "messages": []}, {"messages": [{"content": object()}]}):
+            with pytest.raises(InvalidRequest, match="messages"):
+                client.generate(**wrong)  # type: ignore[arg-type]
+        for name, value in (("seed", 2**70), ("sequence_id", 1), ("triton_x", 1), ("max_tokens", object())):
+            with pytest.raises(InvalidRequest, match=name):
+                client.generate(prompt="a", **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(FileNotFoundError):
+            client.generate(prompt="a", images=["nowhere.png"])
+        with pytest.raises(TypeError, match="image: int given"):
+            client.generate(prompt="a", images=[3])  # type: ignore[list-item]
+        client.generate(prompt="a", temperature=math.nan)  # is for the server to judge
+    assert len(fake.requests) == 1
+
+
+DECORATED = "in ensemble 'ensemble', [request id: 7f] "
+FAULTS = [
+    (f"error:{DECORATED}INVALID_ARGUMENT: MESSAGES: not JSON", InvalidRequest, "^MESSAGES: not JSON$"),
+    (f"error:{DECORATED}UNAVAILABLE: the queue is full", ServerUnavailable, "^the queue is full$"),
+    ("error:RESOURCE_EXHAUSTED: full", ServerUnavailable, "^full$"),
+    ("error:DEADLINE_EXCEEDED: too late", RequestTimeout, "^too late$"),
+    ("error:CANCELLED: before it was read", Cancelled, "^before it was read$"),
+    ("error:INTERNAL: internal error (KeyError)", ServerError, "^internal error"),
+    (
+        f"error:{DECORATED}Failed to process the request(s) for model 'preprocess_0_0', message: "
+        "ValueError: boom\n\nAt:\n  /srv/model.py(10): execute\n",
+        ServerError,
+        "^ValueError: boom$",
+    ),
+    ("error:Stub process 'autoglm_llm_0_0' is not healthy.", ServerError, "^Stub process"),
+    ("error:Request for unknown model: 'ensemble' is not found", ServerUnavailable, "unknown model"),
+    ("error:[request id: s5] Exceeds maximum queue size", ServerUnavailable, "^Exceeds maximum queue size$"),
+    ("abort:UNAVAILABLE:Socket closed", ServerUnavailable, "^Socket closed$"),
+    ("abort:UNKNOWN:what", ServerError, "^what$"),
+    ("finish:cancelled", Cancelled, "told to stop"),
+    ("finish:timeout", RequestTimeout, "ran out"),
+    ("finish:", ServerError, "without a finish reason"),
+    ("unreadable", ServerError, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "kind", "message"), FAULTS, ids=[prompt[:30] for prompt, _, _ in FAULTS])
+def test_every_failure_has_its_type(fake: FakeServer, prompt: str, kind: type[AutoGLMError], message: str) -> None:
+    with Client(fake.url) as client:
+        with client.stream(prompt=prompt) as stream:
+            for _ in range(2):  # asking again gives the same error
+                with pytest.raises(kind, match=message):
+                    stream.result()
+        assert client.generate(prompt="still there").finish_reason == "stop"
+
+
+def test_no_server_is_told_at_once() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        server = f"127.0.0.1:{reserved.getsockname()[1]}"
+        with Client(server) as client:
+            assert not client.is_ready()
+            with pytest.raises(ServerUnavailable, match=rf"^no server at {server} \(Connection refused\)$"):
+                client.generate(prompt="a")
+
+
+def test_a_server_that_does_not_shake_hands_is_given_up() -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        with (
+            Client(f"127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.2, timeout=30) as client,
+            pytest.raises(ServerUnavailable, match="no server at"),
+        ):
+            client.generate(prompt="a")
+
+
+def test_is_ready(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        assert client.is_ready()
+
+
+def test_first_piece_timeout(fake: FakeServer) -> None:
+    with Client(fake.url) as client, client.stream(prompt="silent", first_piece_timeout=0.1) as stream:
+        with pytest.raises(RequestTimeout, match=r"no piece of the answer within 0\.1 s"):
+            next(stream)
+        assert fake.was_stopped(stream.request_id)
+
+
+def test_first_piece_timeout_ends_with_the_first_piece(fake: FakeServer) -> None:
+    with Client(fake.url) as client, client.stream(prompt="endless", first_piece_timeout=0.2) as stream:
+        assert [next(stream).text for _ in range(20)] == ["字"] * 20  # 0.4 seconds
+
+
+def test_total_timeout(fake: FakeServer) -> None:
+    with Client(fake.url) as client, client.stream(prompt="endless", timeout=0.2) as stream:
+        with pytest.raises(RequestTimeout, match="no end of the answer"):
+            stream.result()
+        assert "字" in stream.text
+        assert fake.was_stopped(stream.request_id)
+    with Client(fake.url, timeout=0.2) as client, pytest.raises(RequestTimeout):
+        client.generate(prompt="silent", request_id="g")
+    assert fake.was_stopped("g")
+
+
+def test_cancel_from_another_thread(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        stream = client.stream(prompt="endless")
+        next(stream)
+        threading.Timer(0.1, stream.cancel).start()
+        with pytest.raises(Cancelled):
+            stream.result()
+        assert fake.was_stopped(stream.request_id)
+        stream.cancel()  # once more does nothing
+
+
+def test_cancel_while_nothing_has_come(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        stream = client.stream(prompt="silent")
+        threading.Timer(0.1, stream.cancel).start()
+        with pytest.raises(Cancelled):
+            next(stream)
+        assert fake.was_stopped(stream.request_id)
+
+
+def test_cancels_the_call_too(fake: FakeServer) -> None:
+    """A request that has not reached the language model yet does not hear of the stop request."""
+    with Client(fake.url) as client:
+        stream = client.stream(prompt="deaf", request_id="early")
+        while not fake.requests:
+            time.sleep(0.01)
+        stream.cancel()
+        assert fake.was_cancelled("early")
+
+
+def test_leaving_a_stream_stops_it(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        with client.stream(prompt="endless", request_id="block") as stream:
+            next(stream)
+        assert fake.was_stopped("block")
+
+        for _ in client.stream(prompt="endless", request_id="loop"):
+            break
+        gc.collect()
+        assert fake.was_stopped("loop")
+
+        running = client.stream(prompt="endless", request_id="closed")
+        next(running)
+    assert fake.was_stopped("closed")
+    with pytest.raises(Cancelled):
+        next(running)
+    with pytest.raises(Cancelled, match="closed"):
+        client.generate(prompt="a")
+
+
+def test_many_streams_of_one_client(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        endless = [client.stream(prompt="endless") for _ in range(8)]
+        for stream in endless:
+            next(stream)
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda n: client.stream(prompt="a", request_id=f"r{n}").result(), range(64)))
+        assert [r.request_id for r in results] == [f"r{n}" for n in range(64)]
+        assert {r.text for r in results} == {"".join(ANSWER)}
+        endless[0].cancel()
+        for stream in endless[1:]:
+            assert next(stream).text == "字"  # the others go on
+
+
+def test_finds_a_restarted_server(fake: FakeServer) -> None:
+    with Client(fake.url) as client:
+        assert client.generate(prompt="a").text
+        fake.__exit__(None, None, None)
+        with pytest.raises(ServerUnavailable):
+            client.generate(prompt="a")
+        with FakeServer(fake.url):
+            deadline = time.monotonic() + 10
+            while not client.is_ready():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert client.generate(prompt="a").text

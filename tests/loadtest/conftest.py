@@ -1,0 +1,3 @@
+from tests.client.conftest import fake
+
+__all__ = ["fake"]
