@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
-    return Path("/tmp/lead/ckpt")
+    return ROOT / "demo" / "checkpoint"
 
 
 @pytest.fixture(scope="session")

@@ -94,15 +94,11 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
 def test_pieces_come_one_by_one(server: TritonServer) -> None:
     call = Call(server, {"PROMPT": ["hello"]}, {"max_tokens": 200, "ignore_eos": True})
     pieces, final = 0, False
-    first_at = None
     while not final:
         piece, final = call.next()
         pieces += piece is not None
-        first_at = first_at or time.monotonic()
-    ended_at = time.monotonic()
     call.close()
     assert pieces > 20
-    assert first_at is not None and ended_at - first_at > 0.01
 
 
 def test_one_response_without_streaming(server: TritonServer) -> None:

@@ -1,0 +1,41 @@
+# The server for GPU nodes. The base image brings the tritonserver, its Python 3.12 and CUDA 13 (driver 580 or later);
+# packages are installed by the same program as on bare metal, and the launcher starts the server with the same flags.
+# 26.04 is the first release whose readiness notices a dead model process and whose ensembles survive a full queue.
+FROM nvcr.io/nvidia/tritonserver:26.04-py3
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/autoglm
+COPY pyproject.toml ./
+COPY client ./client
+COPY autoglm_launcher ./autoglm_launcher
+COPY autoglm/__init__.py ./autoglm/__init__.py
+# Before the rest is copied, so that a change of the code installs no packages again.
+RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.environment --no-server
+
+COPY autoglm ./autoglm
+COPY model_repository ./model_repository
+COPY presets ./presets
+COPY autoglm-config.yaml ./
+COPY demo/samples ./demo/samples
+
+# Kernels that are compiled at run time; a volume keeps them.
+ENV XDG_CACHE_HOME=/var/cache/autoglm \
+    TRITON_CACHE_DIR=/var/cache/autoglm/triton \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/autoglm/inductor \
+    HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    AUTOGLM_CHECKPOINT=/checkpoint
+# The image's own unprivileged user, triton-server.
+RUN install -d -o 1000 -g 1000 /var/cache/autoglm
+USER 1000:1000
+
+EXPOSE 8000 8001 8002
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=40s --start-period=30m --retries=3 \
+    CMD ["/opt/autoglm/.venv/bin/python", "-m", "autoglm_launcher.probe"]
+ENTRYPOINT ["/opt/autoglm/.venv/bin/python", "-m", "autoglm_launcher", \
+    "--tritonserver", "/opt/tritonserver/bin/tritonserver", "--host", "0.0.0.0", "--log", "-"]

@@ -1,0 +1,103 @@
+"""The command line of run_autoglm_server.sh."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.gpus import check_gpus
+from autoglm_launcher.ports import Ports
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to serve and where. log: None means standard output. tritonserver: None means the wheel's."""
+
+    checkpoint: Path
+    config: Path
+    preset: Path | None
+    gpus: tuple[int, ...] | None
+    host: str
+    ports: Ports
+    once: bool
+    log: Path | None
+    tritonserver: Path | None
+
+    def check(self) -> None:
+        """Raise LauncherError for what is not there, before anything is installed or started."""
+        if not (self.checkpoint / "config.json").is_file():
+            reason = "has no config.json" if self.checkpoint.is_dir() else "is no directory"
+            raise LauncherError(f"checkpoint {self.checkpoint} {reason}: give --checkpoint a Hugging Face directory")
+        if not any(self.checkpoint.glob("*.safetensors")):
+            raise LauncherError(f"checkpoint {self.checkpoint} has no *.safetensors: its weights are not downloaded")
+        if not self.config.is_file():
+            raise LauncherError(f"configuration {self.config} is no file: give --config a YAML file")
+        if self.preset is not None and not self.preset.is_file():
+            there = ", ".join(sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+            raise LauncherError(f"there is no preset {self.preset.stem} ({self.preset}): there are {there}")
+        if self.gpus is not None:
+            check_gpus(self.gpus)
+        self.ports.check(self.host)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Exits with 2 and a usage line when the command line cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="./run_autoglm_server.sh",
+        description="Serve an AutoGLM checkpoint with the NVIDIA Triton Inference Server. Installs into .venv first.",
+        epilog="Environment: AUTOGLM_PYTHON (the Python to use), AUTOGLM_TORCH_INDEX (a pip index for PyTorch), "
+        "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CHECKPOINT, AUTOGLM_CONFIG.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="DIR", help="Hugging Face directory to serve (default: demo/checkpoint)")
+    add("--config", type=Path, metavar="FILE", help="configuration (default: autoglm-config.yaml)")
+    add("--preset", metavar="NAME", help="presets/NAME.yaml replaces lines of the configuration")
+    add("--gpus", type=_gpus, metavar="0,1", help="the GPUs to use (default: all)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    add("--http-port", type=_port, default=Ports.http, metavar="N", help="default: %(default)s")
+    add("--grpc-port", type=_port, default=Ports.grpc, metavar="N", help="default: %(default)s")
+    add("--metrics-port", type=_port, default=Ports.metrics, metavar="N", help="default: %(default)s")
+    add("--once", action="store_true", help="answer one sample screenshot, print thought and action, and stop")
+    add("--log", metavar="FILE", help="the server's log (default: logs/server-PORT.log); - is standard output")
+    add("--tritonserver", type=Path, metavar="PATH", help="use this tritonserver, and this Python; install nothing")
+    given = parser.parse_args(argv)
+    # The shell script changes to the repository; what the caller names is relative to where the caller was.
+    base = Path(os.environ.get("AUTOGLM_CALLED_FROM") or Path.cwd())
+    preset = ROOT / "presets" / f"{given.preset}.yaml" if given.preset else _from_environment("PRESET")
+    log = Path(given.log or ROOT / "logs" / f"server-{given.http_port}.log")
+    return Options(
+        checkpoint=base / (given.checkpoint or _from_environment("CHECKPOINT") or DEMO_CHECKPOINT),
+        config=base / (given.config or _from_environment("CONFIG") or ROOT / "autoglm-config.yaml"),
+        preset=preset and base / preset,
+        gpus=given.gpus,
+        host=given.host,
+        ports=Ports(given.http_port, given.grpc_port, given.metrics_port),
+        once=given.once,
+        log=None if given.log == "-" else base / log,
+        tritonserver=given.tritonserver and base / given.tritonserver,
+    )
+
+
+def _from_environment(name: str) -> Path | None:
+    value = os.environ.get(f"AUTOGLM_{name}")
+    return Path(value) if value else None
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of different GPU numbers such as 0,1")
+    return tuple(map(int, parts))
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port number from 1 to 65535")
+    return int(text)

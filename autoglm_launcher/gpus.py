@@ -1,0 +1,48 @@
+"""The NVIDIA GPUs of this machine."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoglm_launcher.errors import LauncherError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: int
+    name: str
+
+
+def list_gpus() -> list[Gpu]:
+    """As nvidia-smi shows them; none when there is no driver."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.split(",", 1) for line in listed.stdout.splitlines() if listed.returncode == 0]
+    return [Gpu(int(row[0]), row[1].strip()) for row in rows if len(row) == 2 and row[0].strip().isdigit()]
+
+
+def check_gpus(wanted: Sequence[int]) -> None:
+    """Raise LauncherError unless the machine has every GPU that is wanted."""
+    found = list_gpus()
+    missing = [index for index in wanted if index not in {gpu.index for gpu in found}]
+    if missing:
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found) or "no NVIDIA GPU (nvidia-smi shows none)"
+        raise LauncherError(f"--gpus {','.join(map(str, wanted))}: no GPU {missing[0]}, this machine has {there}")
+
+
+def visible_gpu_count(environment: Mapping[str, str]) -> int:
+    """How many GPUs a process of this environment sees."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    count = len(list_gpus())
+    if chosen is None:
+        return count
+    return min(count, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))

@@ -1,0 +1,260 @@
+"""The running tritonserver as an object."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.gpus import visible_gpu_count
+from autoglm_launcher.installation import Installation, check_numpy
+from autoglm_launcher.ports import Ports
+from autoglm_launcher.processes import (
+    ServerProcess,
+    kill,
+    kill_group,
+    region_prefix,
+    remove_regions,
+    remove_stale,
+    server_processes,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHM_STEP_BYTES = 16 << 20  # a stub's shared memory begins with this and grows by it, for good: a few screenshots
+GPU_POOL_BYTES = 512 << 20
+POLL_S = 0.1
+NO_GPU = re.compile("CUDA driver version is insufficient|CudaDriverHelper|NVML|DCGM")  # said at every start without one
+
+# What reads or changes the server itself is closed to callers: shared memory regions would let one read another's.
+CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+
+
+class TritonServer:
+    """One tritonserver with its stubs, on ports of its own. Use it as a context manager, or start() and stop().
+
+    repository: the model repository. checkpoint, config, preset: what the models read (AUTOGLM_CHECKPOINT,
+    AUTOGLM_CONFIG, AUTOGLM_PRESET); left out, the models' defaults hold. ports: left out, three free ones.
+    gpus: indices for CUDA_VISIBLE_DEVICES; left out, all. log_path: the server's output; left out, this process's own.
+    environment: further variables for the server and the stubs. grace_s: what a stop gives running requests.
+    """
+
+    def __init__(
+        self,
+        repository: Path = ROOT / "model_repository",
+        checkpoint: Path | None = None,
+        config: Path | None = None,
+        preset: Path | None = None,
+        *,
+        installation: Installation | None = None,
+        host: str = "127.0.0.1",
+        ports: Ports | None = None,
+        gpus: Sequence[int] | None = None,
+        log_path: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        grace_s: float = 10.0,
+    ) -> None:
+        self.repository = repository.resolve()
+        self.host = host
+        self.ports = ports or Ports.free()
+        self.log_path = log_path
+        self._installation = installation or Installation.from_wheel()
+        self._grace_s = grace_s
+        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._environment = dict(os.environ)
+        for name, value in (("CHECKPOINT", checkpoint), ("CONFIG", config), ("PRESET", preset)):
+            if value is not None:
+                self._environment[f"AUTOGLM_{name}"] = str(value.resolve())
+        if gpus is not None:
+            # So that the numbers mean the cards that nvidia-smi shows under them.
+            self._environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        self._environment.update(environment or {})
+        self._gpu_count = visible_gpu_count(self._environment)
+        # A stub takes its packages from the environment of the first python3 in PATH.
+        self._prepend("PATH", (str(Path(sys.executable).parent),))
+        self._prepend("LD_LIBRARY_PATH", self._installation.library_path)
+
+    @property
+    def http_address(self) -> str:
+        """host:port, as tritonclient.http takes it."""
+        return f"{self._reachable_host}:{self.ports.http}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{self.http_address}"
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port, as tritonclient.grpc takes it."""
+        return f"{self._reachable_host}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self._reachable_host}:{self.ports.metrics}/metrics"
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the processes; wait_ready() says when they serve. Raises LauncherError on a port that is taken."""
+        if self.is_alive():
+            raise LauncherError(f"the server already runs on {self.http_url}")
+        check_numpy()
+        self.ports.check(self.host)
+        remove_stale()
+        command = [sys.executable, "-m", "autoglm_launcher.supervisor", str(self._grace_s), *self.command()]
+        log = self.log_path.open("ab") if self.log_path else None
+        try:
+            self._log_start = log.tell() if log else 0
+            self._supervisor = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT if log else None,
+                start_new_session=True,
+            )
+        finally:
+            if log:
+                log.close()
+
+    def command(self) -> list[str]:
+        """The tritonserver's command line; "{regions}" stands for the prefix that its supervisor gives."""
+        key = os.environ.get("AUTOGLM_ADMIN_KEY") or secrets.token_hex(16)
+        command = [
+            str(self._installation.executable),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={self._installation.backends}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",
+            f"--http-address={self.host}",
+            f"--http-port={self.ports.http}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={self.ports.metrics}",
+            f"--http-restricted-api={CLOSED_APIS}:autoglm-admin-key={key}",
+            f"--grpc-restricted-protocol={CLOSED_APIS}:autoglm-admin-key={key}",
+            f"--backend-config=python,shm-default-byte-size={SHM_STEP_BYTES}",
+            f"--backend-config=python,shm-growth-byte-size={SHM_STEP_BYTES}",
+            "--backend-config=python,shm-region-prefix-name={regions}",
+            f"--exit-timeout-secs={max(1, int(self._grace_s) - 2)}",
+        ]
+        # Without a pool, tensors between models go through the CPU: 19 ms instead of 2 for a screenshot's embeddings.
+        return command + [f"--cuda-memory-pool-byte-size={i}:{GPU_POOL_BYTES}" for i in range(self._gpu_count)]
+
+    def wait_ready(
+        self, timeout_s: float = 600.0, on_progress: Callable[[float, list[str]], None] | None = None
+    ) -> None:
+        """Wait until every model is loaded. on_progress gets the seconds so far and the models that are loaded.
+
+        Raises LauncherError when the server ends, or is not ready in time.
+        """
+        begin = time.monotonic()
+        while not self.is_ready():
+            elapsed = time.monotonic() - begin
+            if not self.is_alive():
+                raise LauncherError(f"the server did not start: {self.explain()}")
+            if elapsed > timeout_s:
+                raise LauncherError(f"the server is not ready after {timeout_s:.0f} s: {self.explain()}")
+            if on_progress:
+                on_progress(elapsed, self.loaded_models())
+            time.sleep(POLL_S)
+
+    def is_ready(self) -> bool:
+        """Triton's own word, which stays true when a stub dies: probe.py asks for proof."""
+        connection = HTTPConnection(self.http_address, timeout=5)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def is_alive(self) -> bool:
+        """Whether the tritonserver's supervisor runs; it ends with its server."""
+        return self._supervisor is not None and self._supervisor.poll() is None
+
+    def processes(self) -> list[ServerProcess]:
+        """The tritonserver, its stubs and what they started, as they run now."""
+        return server_processes(self._supervisor.pid) if self._supervisor else []
+
+    def stop(self, *, now: bool = False) -> None:
+        """End everything that was started; running requests get grace_s seconds, or none."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None:
+            return
+        try:
+            if now:
+                for process in server_processes(supervisor.pid):
+                    kill(process.pid)
+            supervisor.terminate()
+            supervisor.wait(self._grace_s + 5)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # The supervisor does this too; here it is for the case that somebody killed the supervisor.
+            kill_group(supervisor.pid)
+            supervisor.wait()
+            if supervisor.stdin:
+                supervisor.stdin.close()
+            remove_regions(region_prefix(supervisor.pid))
+
+    def log_text(self) -> str:
+        """What the server has written since start(); empty when its output is not a file."""
+        if self.log_path is None or not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def loaded_models(self) -> list[str]:
+        return re.findall(r"successfully loaded '([^']+)'", self.log_text())
+
+    def explain(self) -> str:
+        """How the server ended, or the log's most telling line; and where to read the rest."""
+        code = self._supervisor.poll() if self._supervisor else None
+        where = f"log: {self.log_path}" if self.log_path else "see its output"
+        if code is not None and (code < 0 or code > 128):
+            return f"{signal.Signals(-code if code < 0 else code - 128).name} ended it ({where})"
+        return f"{_telling_line(self.log_text())} ({where})"
+
+    @property
+    def _reachable_host(self) -> str:
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+
+    def _prepend(self, variable: str, directories: Sequence[str]) -> None:
+        rest = [self._environment[variable]] if self._environment.get(variable) else []
+        self._environment[variable] = os.pathsep.join([*directories, *rest])
+
+
+def _telling_line(log: str) -> str:
+    """A model's failure when there is one, else the last error, else the last line."""
+    failure = re.search(r"failed to load '([^']+)' version \d+: (.*)", log)
+    if failure:
+        # The log writes a line's end as \\n; a Python traceback begins with "At:", what went wrong stands before it.
+        reason = failure[2].split("At:")[0].replace("\\n", " ")
+        return f"model {failure[1]}: {reason.strip()[:400]}"
+    lines = [line for line in log.splitlines() if line.strip() and not NO_GPU.search(line)]
+    errors = [line for line in lines if re.match(r"E\d{4} |error: ", line)]
+    telling = (errors or lines or ["it wrote nothing"])[-1]
+    return re.sub(r"^E\d{4} \S+ +\d+ \S+\] ", "", telling).strip('" ')[:400]

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs into .venv what is missing and serves a checkpoint: ./run_autoglm_server.sh --help
+set -euo pipefail
+export AUTOGLM_CALLED_FROM=$PWD
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+. deploy/find_python.sh
+exec "$PYTHON" -m autoglm_launcher.bootstrap "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs into .venv what the tests need and runs them; arguments go to pytest: ./run_tests.sh -k chat
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+. deploy/find_python.sh
+"$PYTHON" -m autoglm_launcher.environment test loadtest
+fonts=$(.venv/bin/python -c 'from demo.fonts import missing_packages; print(*missing_packages())')
+if [ -n "$fonts" ]; then
+    # Word splitting is meant: package names.
+    add_packages $fonts || say "tests that draw screens are skipped; they need: sudo apt-get install $fonts"
+fi
+exec .venv/bin/python -m pytest "$@"

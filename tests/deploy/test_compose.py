@@ -1,0 +1,167 @@
+"""docker-compose.yml and Dockerfile: valid, and in agreement with each other and with the repository."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autoglm_launcher import arguments
+from autoglm_launcher.ports import Ports
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKDIR = "/opt/autoglm"
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+@pytest.fixture(scope="module")
+def service() -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    server: dict[str, Any] = services["server"]
+    return server
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> list[tuple[str, str]]:
+    """The instructions, in order: name and arguments, continued lines joined."""
+    text = (ROOT / "Dockerfile").read_text()
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line.strip()]
+
+
+def only(dockerfile: list[tuple[str, str]], name: str) -> str:
+    (value,) = [arguments for instruction, arguments in dockerfile if instruction == name]
+    return value
+
+
+def default_of(text: str) -> str:
+    """What compose makes of ${NAME:-default} when NAME is not set."""
+    return VARIABLE.sub(lambda match: match[2], text)
+
+
+def copied(dockerfile: list[tuple[str, str]]) -> set[str]:
+    """The paths of the repository that the image gets."""
+    return {source for name, line in dockerfile if name == "COPY" for source in line.split()[:-1]}
+
+
+def test_follows_the_schema_of_compose() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema, which carries the schema, is not installed")
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        "docker-compose.yml",
+    ]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_image_is_pinned_to_a_release(dockerfile: list[tuple[str, str]]) -> None:
+    image = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:(\d\d)\.(\d\d)-py3", only(dockerfile, "FROM"))
+    assert image
+    # The first release whose readiness notices a dead model process.
+    assert (int(image[1]), int(image[2])) >= (26, 4)
+
+
+def test_publishes_the_ports_the_launcher_uses(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
+    ports = [Ports.http, Ports.grpc, Ports.metrics]
+    assert [default_of(port) for port in service["ports"]] == [f"127.0.0.1:{port}:{port}" for port in ports]
+    assert only(dockerfile, "EXPOSE").split() == [str(port) for port in ports]
+
+
+def test_the_entry_point_is_the_launcher(dockerfile: list[tuple[str, str]]) -> None:
+    python, flag, module, *options = json.loads(only(dockerfile, "ENTRYPOINT"))
+    assert (python, flag, module) == (f"{WORKDIR}/.venv/bin/python", "-m", "autoglm_launcher")
+    parsed = arguments.parse(options)
+    assert parsed.tritonserver == Path("/opt/tritonserver/bin/tritonserver")
+    assert parsed.host == "0.0.0.0"
+    assert parsed.log is None
+    assert parsed.ports == Ports()
+    assert only(dockerfile, "WORKDIR") == WORKDIR
+
+
+def test_the_health_check_sends_a_request(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
+    options, _, command = only(dockerfile, "HEALTHCHECK").partition(" CMD ")
+    check = service["healthcheck"]
+    assert json.loads(command) == check["test"][1:]
+    assert check["test"] == ["CMD", f"{WORKDIR}/.venv/bin/python", "-m", "autoglm_launcher.probe"]
+    for name in ("interval", "timeout", "retries", "start_period"):
+        assert f"--{name.replace('_', '-')}={check[name]}" in options.split()
+    # The probe gives up by itself and says why, before the engine ends it.
+    assert int(check["timeout"].removesuffix("s")) > 30
+
+
+def test_everything_that_is_copied_exists_and_reaches_the_build(dockerfile: list[tuple[str, str]]) -> None:
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for source in copied(dockerfile):
+        assert (ROOT / source).exists(), source
+        assert any(
+            source.removeprefix("./") == path or source.startswith(f"./{path}/") or source.startswith(f"{path}/")
+            for path in (*kept, *(f"./{path}" for path in kept))
+        ), f"{source} is ignored by .dockerignore"
+
+
+def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]) -> None:
+    needed = {
+        "autoglm",
+        "autoglm_launcher",
+        "client",
+        "model_repository",
+        "presets",
+        "autoglm-config.yaml",
+        "demo/samples",
+    }
+    needed.add("pyproject.toml")
+    readme = re.search(r'^readme = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    needed |= {readme[1]} if readme else set()
+    assert needed <= {source.removeprefix("./") for source in copied(dockerfile)}
+
+
+def test_paths_of_volumes_and_environment_agree(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
+    volumes = {volume["target"]: volume for volume in service["volumes"]}
+    environment = dict(re.findall(r"(\w+)=(\S+)", only(dockerfile, "ENV")))
+    checkpoint = volumes[environment["AUTOGLM_CHECKPOINT"]]
+    config = volumes[service["environment"]["AUTOGLM_CONFIG"]]
+    cache = volumes[environment["XDG_CACHE_HOME"]]
+    assert checkpoint["read_only"] is True
+    assert config["read_only"] is True
+    assert cache["type"] == "volume"
+    assert (ROOT / default_of(config["source"])).is_file()
+    assert ROOT / default_of(checkpoint["source"]) == arguments.DEMO_CHECKPOINT
+    preset = service["environment"]["AUTOGLM_PRESET"]
+    assert preset == f"${{AUTOGLM_PRESET:+{WORKDIR}/presets/${{AUTOGLM_PRESET:-}}.yaml}}"
+
+
+def test_every_variable_is_one_that_something_reads(service: dict[str, Any]) -> None:
+    sources = "".join(
+        path.read_text() for folder in ("autoglm", "autoglm_launcher") for path in (ROOT / folder).rglob("*.py")
+    )
+    for name in service["environment"]:
+        assert name == "CUDA_VISIBLE_DEVICES" or name.removeprefix("AUTOGLM_") in sources, name
+
+
+def test_runs_without_rights_it_does_not_need(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
+    assert service["user"] == only(dockerfile, "USER") == "1000:1000"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "network_mode", "ipc", "pid", "cap_add"} & service.keys()
+    assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
+
+
+def test_stays_up_and_has_what_triton_needs(service: dict[str, Any]) -> None:
+    assert service["restart"] == "unless-stopped"
+    assert service["init"] is True
+    assert int(service["shm_size"].removesuffix("gb")) >= 1
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+
+
+def test_a_stop_waits_longer_than_the_launcher_needs(service: dict[str, Any]) -> None:
+    assert int(service["stop_grace_period"].removesuffix("s")) > 15

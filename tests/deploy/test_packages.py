@@ -1,0 +1,63 @@
+"""Every package that the Dockerfile and the set-up install exists. Skipped, saying so, where no registry answers."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoglm_launcher.environment import TORCH
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def requirements() -> list[str]:
+    """What the image installs: the two projects' dependencies and PyTorch. Extras are not in it."""
+    found = []
+    for name in ("pyproject.toml", "client/pyproject.toml"):
+        listed = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+        assert listed, name
+        found += re.findall(r'^\s*"([^"]+)"', listed[1], re.MULTILINE)
+    return sorted({*found, TORCH})
+
+
+def apt_packages() -> list[str]:
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    (listed,) = re.findall(r"apt-get install -y --no-install-recommends ([^&]+)&&", text)
+    return str(listed).split()
+
+
+def pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_lists_are_found() -> None:
+    assert "numpy>=1.26,<2" in requirements()
+    assert any(name.startswith("tritonclient") for name in requirements())
+    assert "python3-venv" in apt_packages()
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if pip("download", "--no-deps", "-d", str(tmp_path_factory.mktemp("download")), "iniconfig").returncode:
+        pytest.skip("no package registry answers")
+
+
+@pytest.mark.usefixtures("registry")
+def test_every_pip_requirement_resolves() -> None:
+    # The installed ones would satisfy pip without a look at the registry, so it is told to ignore them.
+    resolved = pip("install", "--dry-run", "--no-deps", "--ignore-installed", *requirements())
+    assert resolved.returncode == 0, resolved.stderr[-1000:]
+    assert "Would install" in resolved.stdout
+
+
+def test_every_apt_package_exists() -> None:
+    if shutil.which("apt-cache") is None:
+        pytest.skip("apt-cache is not here: this is neither Debian nor Ubuntu")
+    known = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True).stdout.split()
+    if len(known) < 10_000:
+        pytest.skip("apt has no package lists: apt-get update")
+    assert set(apt_packages()) <= set(known)

@@ -1,0 +1,116 @@
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from autoglm_launcher import arguments, gpus
+from autoglm_launcher.arguments import ROOT, Options
+from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.gpus import Gpu
+from autoglm_launcher.ports import Ports
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"")
+    return directory
+
+
+@pytest.fixture
+def free_ports() -> list[str]:
+    ports = Ports.free()
+    return ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
+
+
+def parse(checkpoint: Path, *more: str) -> Options:
+    return arguments.parse(["--checkpoint", str(checkpoint), *more])
+
+
+def test_everything_there_is_no_error(checkpoint: Path, free_ports: list[str]) -> None:
+    parse(checkpoint, *free_ports).check()
+
+
+@pytest.mark.parametrize("argument", [["--gpus", "a"], ["--gpus", "0,0"], ["--gpus", ""], ["--http-port", "0"]])
+def test_values_that_cannot_be_read(argument: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        arguments.parse(argument)
+    assert stopped.value.code == 2
+    assert argument[0] in capsys.readouterr().err
+
+
+def test_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match=r"/nowhere is no directory: give --checkpoint"):
+        parse(tmp_path / "nowhere").check()
+
+
+def test_checkpoint_without_weights(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(LauncherError, match=r"has no \*\.safetensors"):
+        parse(checkpoint).check()
+
+
+def test_preset_that_is_not_there_names_those_that_are(checkpoint: Path) -> None:
+    with pytest.raises(LauncherError, match=r"no preset fast .*: there are edge, latency, throughput"):
+        parse(checkpoint, "--preset", "fast").check()
+
+
+def test_gpu_that_is_not_there(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", lambda: [Gpu(0, "NVIDIA H200")])
+    with pytest.raises(LauncherError, match=r"no GPU 1, this machine has 0 \(NVIDIA H200\)"):
+        parse(checkpoint, "--gpus", "0,1").check()
+
+
+def test_paths_come_from_the_environment_and_options_win(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOGLM_CHECKPOINT", str(checkpoint))
+    monkeypatch.setenv("AUTOGLM_CONFIG", "/etc/autoglm.yaml")
+    assert arguments.parse([]).checkpoint == checkpoint
+    assert arguments.parse([]).config == Path("/etc/autoglm.yaml")
+    assert arguments.parse(["--config", "/x.yaml"]).config == Path("/x.yaml")
+
+
+def test_relative_paths_start_where_the_caller_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOGLM_CALLED_FROM", "/home/somebody")
+    options = arguments.parse(["--checkpoint", "models/9b", "--config", "/etc/autoglm.yaml", "--log", "server.log"])
+    assert options.checkpoint == Path("/home/somebody/models/9b")
+    assert options.config == Path("/etc/autoglm.yaml")
+    assert options.log == Path("/home/somebody/server.log")
+
+
+def test_ports_must_differ(checkpoint: Path) -> None:
+    with pytest.raises(LauncherError, match="http 9000, grpc 9000"):
+        parse(checkpoint, "--http-port", "9000", "--grpc-port", "9000").check()
+
+
+def test_the_command_names_a_port_that_is_taken(checkpoint: Path, free_ports: list[str]) -> None:
+    """The whole way through the shell script: it stops before it installs anything, with one line and exit code 1."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free_ports[1] = str(taken.getsockname()[1])
+        command = [str(ROOT / "run_autoglm_server.sh"), "--checkpoint", checkpoint.name, *free_ports]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=checkpoint.parent, env={**os.environ, "LC_ALL": "C"}
+        )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f"autoglm: error: http port {free_ports[1]} cannot be used on 127.0.0.1 (Address already in use): "
+        "stop what uses it, or give --http-port another number"
+    ]
+
+
+def test_the_command_says_which_python_it_needs(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\necho 3.9.2\n")
+    old.chmod(0o755)
+    command = [str(ROOT / "run_autoglm_server.sh"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "AUTOGLM_PYTHON": str(old)})
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "no Python 3.10, 3.11 or 3.12" in result.stderr
+    assert f"{old} is 3.9.2" in result.stderr

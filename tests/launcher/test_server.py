@@ -1,0 +1,191 @@
+"""TritonServer on the real tritonserver, with a repository of one small model."""
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autoglm_launcher import gpus
+from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.installation import Installation
+from autoglm_launcher.ports import Ports
+from autoglm_launcher.processes import is_running
+from autoglm_launcher.server import ROOT, TritonServer
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def server(repository: Path, tmp_path: Path) -> TritonServer:
+    return TritonServer(repository, log_path=tmp_path / "server.log", grace_s=3)
+
+
+def regions() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.glob("autoglm_*")}
+
+
+def wait(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_starts_serves_and_leaves_nothing(server: TritonServer) -> None:
+    before = regions()
+    with server:
+        pids = [process.pid for process in server.processes()]
+        assert [process.kind for process in server.processes()].count("server") == 1
+        stubs = sorted(process.instance for process in server.processes() if process.kind == "stub")
+        assert stubs == ["small_0_0", "small_0_1"]
+        assert server.loaded_models() == ["small"]
+        assert len(regions() - before) == 2
+        assert get(server.http_address, "/v2/models/small/ready") == 200
+        assert get(f"127.0.0.1:{server.ports.metrics}", "/metrics") == 200
+    assert not [pid for pid in pids if is_running(pid)]
+    assert regions() <= before
+
+
+def test_apis_that_change_the_server_are_closed(server: TritonServer) -> None:
+    with server:
+        assert get(server.http_address, "/v2/repository/index", "POST") == 403
+        assert get(server.http_address, "/v2/systemsharedmemory/status") == 403
+        assert get(server.http_address, "/v2/logging") == 403
+        assert get(server.http_address, "/v2/models/stats") == 200
+        server.stop(now=True)
+
+
+@pytest.mark.parametrize("victim", ["stub", "server", "supervisor"])
+def test_nothing_survives_a_kill_9(server: TritonServer, victim: str) -> None:
+    before = regions()
+    server.start()
+    try:
+        server.wait_ready(60)
+        processes = server.processes()
+        for process in processes:
+            # Hung stubs notice nothing: they must be killed.
+            if process.kind == "stub":
+                os.kill(process.pid, signal.SIGSTOP)
+        supervisor = server._supervisor
+        assert supervisor
+        victims = {"supervisor": supervisor.pid} | {process.kind: process.pid for process in processes}
+        os.kill(victims[victim], signal.SIGKILL)
+        if victim != "stub":
+            assert wait(lambda: not server.is_alive())
+            assert "SIGKILL" in server.explain()
+    finally:
+        server.stop(now=True)
+    assert not [process for process in processes if is_running(process.pid)]
+    assert regions() <= before
+
+
+def test_the_server_does_not_outlive_a_killed_launcher(repository: Path, tmp_path: Path) -> None:
+    before = regions()
+    script = (
+        "import sys, time; from pathlib import Path; from autoglm_launcher.server import TritonServer\n"
+        f"server = TritonServer(Path({str(repository)!r}), log_path=Path({str(tmp_path / 'log')!r}), grace_s=1)\n"
+        "server.start(); server.wait_ready(60)\n"
+        "print(*[process.pid for process in server.processes()], flush=True); time.sleep(100)\n"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout
+    pids = [int(pid) for pid in launcher.stdout.readline().split()]
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    assert len(pids) == 3
+    assert wait(lambda: not any(map(is_running, pids)))
+    assert wait(lambda: regions() <= before)
+
+
+def test_the_next_start_ends_what_a_lost_server_left(server: TritonServer, repository: Path, tmp_path: Path) -> None:
+    before = regions()
+    server.start()
+    server.wait_ready(60)
+    stubs = [process.pid for process in server.processes() if process.kind == "stub"]
+    for pid in stubs:
+        os.kill(pid, signal.SIGSTOP)
+    assert server._supervisor
+    server._supervisor.kill()
+    server._supervisor.wait()
+    assert all(map(is_running, stubs))
+    with TritonServer(repository, log_path=tmp_path / "second.log") as second:
+        assert not any(map(is_running, stubs))
+        assert len(regions() - before) == 2
+        second.stop(now=True)
+
+
+def test_a_model_that_does_not_load_is_told_in_one_line(server: TritonServer) -> None:
+    (server.repository / "small" / "1" / "model.py").write_text("raise ValueError('no weights in /models')")
+    server.start()
+    try:
+        with pytest.raises(LauncherError) as error:
+            server.wait_ready(60)
+    finally:
+        server.stop(now=True)
+    assert str(error.value) == (
+        f"the server did not start: model small: Internal: ValueError: no weights in /models (log: {server.log_path})"
+    )
+
+
+def test_a_taken_port_is_told_before_anything_starts(server: TritonServer, repository: Path) -> None:
+    server.start()
+    try:
+        server.wait_ready(60)
+        second = TritonServer(repository, ports=server.ports)
+        with pytest.raises(LauncherError, match=f"http port {server.ports.http} cannot be used"):
+            second.start()
+    finally:
+        server.stop(now=True)
+
+
+def test_the_command_line_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOGLM_ADMIN_KEY", "secret")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda/lib64")
+    monkeypatch.setattr(gpus, "list_gpus", lambda: [gpus.Gpu(index, "NVIDIA H200") for index in range(4)])
+    server = TritonServer(
+        tmp_path,
+        checkpoint=tmp_path / "checkpoint",
+        preset=tmp_path / "edge.yaml",
+        installation=Installation(Path("/opt/tritonserver/bin/tritonserver"), Path("/backends"), ("/lib/python",)),
+        host="0.0.0.0",
+        ports=Ports(1, 2, 3),
+        gpus=(1, 3),
+        environment={"EXTRA": "1"},
+    )
+    command = server.command()
+    assert command[0] == "/opt/tritonserver/bin/tritonserver"
+    assert "--model-control-mode=none" in command
+    assert [part for part in command if "address" in part] == [
+        "--http-address=0.0.0.0",
+        "--grpc-address=0.0.0.0",
+        "--metrics-address=0.0.0.0",
+    ]
+    assert [part for part in command if "cuda-memory-pool" in part] == [
+        "--cuda-memory-pool-byte-size=0:536870912",
+        "--cuda-memory-pool-byte-size=1:536870912",
+    ]
+    assert len([part for part in command if part.endswith(":autoglm-admin-key=secret")]) == 2
+    environment = server._environment
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert environment["AUTOGLM_CHECKPOINT"] == str(tmp_path / "checkpoint")
+    assert environment["AUTOGLM_PRESET"] == str(tmp_path / "edge.yaml")
+    assert environment["LD_LIBRARY_PATH"] == "/lib/python:/usr/local/cuda/lib64"
+    assert environment["PATH"].startswith(f"{Path(sys.executable).parent}:")
+    assert environment["EXTRA"] == "1"
+    assert server.http_url == "http://127.0.0.1:1"
+
+
+def get(address: str, path: str, method: str = "GET") -> int:
+    connection = http.client.HTTPConnection(address, timeout=10)
+    try:
+        connection.request(method, path, headers={"Content-Length": "0"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
