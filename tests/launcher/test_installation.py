@@ -1,4 +1,5 @@
-from importlib import metadata
+import sysconfig
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_the_wheel_is_made_ready_to_run() -> None:
 
 
 def test_a_missing_wheel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(LauncherError, match="nvidia-pytriton is not installed"):
         Installation.from_wheel()
 
@@ -46,6 +47,6 @@ def test_a_container_layout(tmp_path: Path) -> None:
 
 
 def test_a_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation.sysconfig, "get_config_var", lambda name: {"LIBDIR": "/nowhere"}.get(name))
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: {"LIBDIR": "/nowhere"}.get(name))
     with pytest.raises(LauncherError, match=r"apt-get install libpython3\.1\d"):
         libpython_directory()
