@@ -188,9 +188,10 @@ def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:
 
 def test_stop_request_reaches_the_queue(server: TritonServer) -> None:
     """More requests than seats; those that wait end at once as well."""
+    before = metric(server, "autoglm_requests_total")
     calls = [Call(server, {"PROMPT": [f"hello {i}"]}, LONG, request_id="many") for i in range(40)]
-    calls[0].next()
-    wait_until(lambda: metric(server, "autoglm_requests_waiting") > 0)
+    wait_until(lambda: metric(server, "autoglm_requests_total") - before == 40)
+    assert metric(server, "autoglm_requests_waiting") > 0
     stop(server, "many")
     assert {call.result().finish_reason for call in calls} == {"cancelled"}
     assert_idle(server)

@@ -1,0 +1,96 @@
+"""Two ways to ask the demo model: the library in this process, and a running server through the client."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from autoglm.chat import ChatRenderer
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import Config, EngineConfig
+from autoglm.device import choose_device
+from autoglm.llm.engine import Engine
+from autoglm.llm.sequence import Output, Request
+from autoglm.messages import read_prompt
+from autoglm.sampling import SamplingParams
+from autoglm.vision.encoder import ImageFile, VisionEncoder
+
+MAX_TOKENS = 120
+
+
+class Backend(Protocol):
+    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+        """Answers to (encoded screenshot, task) pairs, in order."""
+
+    def close(self) -> None: ...
+
+
+class LibraryBackend:
+    """The steps of the ensemble, one after another, in this process."""
+
+    def __init__(self, directory: Path) -> None:
+        config = Config(engine=EngineConfig(kv_cache_mb=128))
+        device, dtype = choose_device(config.model)
+        checkpoint = Checkpoint.open(directory)
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.limits = config.limits
+        self.renderer = ChatRenderer(checkpoint, tokenizer, config.limits, checkpoint.text.max_position_embeddings)
+        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
+        self.engine = Engine(checkpoint, config.engine, device, dtype)
+        self.engine.start()
+
+    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+        prompts = [self.renderer.render(read_prompt(task.encode(), [image], self.limits)) for image, task in questions]
+        files = [[ImageFile(image.data, image.grid, image.name) for image in prompt.images] for prompt in prompts]
+        outputs: list[queue.SimpleQueue[Output]] = []
+        for prompt, embeddings in zip(prompts, self.encoder.encode(files), strict=True):
+            if not isinstance(embeddings, torch.Tensor):
+                raise embeddings
+            sink: queue.SimpleQueue[Output] = queue.SimpleQueue()
+            grids, digests = [i.grid for i in prompt.images], [i.hash.encode() for i in prompt.images]
+            sampling = SamplingParams(max_tokens=MAX_TOKENS)
+            self.engine.submit(Request("", prompt.token_ids, sampling, sink.put, grids, digests, embeddings))
+            outputs.append(sink)
+        return [_collect(sink) for sink in outputs]
+
+    def close(self) -> None:
+        self.engine.close()
+        self.encoder.close()
+
+
+def _collect(sink: queue.SimpleQueue[Output]) -> str:
+    text = ""
+    while True:
+        piece = sink.get()
+        if piece.error:
+            raise piece.error
+        text += piece.text
+        if piece.is_last:
+            return text
+
+
+class ServerBackend:
+    """A running server, through gRPC."""
+
+    def __init__(self, server: str, concurrency: int = 8) -> None:
+        from autoglm_client import Client  # the client is a package of its own, needed for this backend only
+
+        self.client: Any = Client(server)
+        self.threads = ThreadPoolExecutor(concurrency)
+
+    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+        return list(self.threads.map(self._ask, questions))
+
+    def _ask(self, question: tuple[bytes, str]) -> str:
+        result = self.client.generate(prompt=question[1], images=[question[0]], max_tokens=MAX_TOKENS)
+        return str(result.text)
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        self.client.close()
