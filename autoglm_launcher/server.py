@@ -76,7 +76,7 @@ class TritonServer:
             # So that the numbers mean the cards that nvidia-smi shows under them.
             self._environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-        # Several processes compute on the same cores: threads that spin while they wait would take them from the others.
+        # Several processes compute on the same cores: threads that spin while they wait take them from others.
         self._environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._environment.update(environment or {})
         self._gpu_count = visible_gpu_count(self._environment)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def samples(samples_directory: Path) -> list[tuple[bytes, dict[str, object]]]:
+def samples(samples_directory: Path) -> list[tuple[bytes, dict[str, Any]]]:
     entries = json.loads((samples_directory / "samples.json").read_text(encoding="utf-8"))
     return [((samples_directory / entry["image"]).read_bytes(), entry) for entry in entries]
 
@@ -46,7 +47,7 @@ def test_the_configuration_is_the_one_that_the_code_writes(checkpoint_directory:
 
 
 def test_the_samples_are_answered_rightly(
-    checkpoint_directory: Path, samples: list[tuple[bytes, dict[str, object]]]
+    checkpoint_directory: Path, samples: list[tuple[bytes, dict[str, Any]]]
 ) -> None:
     backend = LibraryBackend(checkpoint_directory)
     try:
@@ -61,7 +62,7 @@ def test_the_samples_are_answered_rightly(
             continue
         found = POINTED.fullmatch(action)
         assert found, (task, answer)
-        left, top, right, bottom = task["box"]  # type: ignore[misc]
+        left, top, right, bottom = task["box"]
         assert left <= int(found[2]) < right and top <= int(found[3]) < bottom, (task, answer)
 
 
@@ -78,7 +79,7 @@ def test_the_answer_depends_on_the_screen(checkpoint_directory: Path, samples_di
 
 
 def test_transformers_loads_it_and_answers_the_same(
-    checkpoint_directory: Path, samples_directory: Path, samples: list[tuple[bytes, dict[str, object]]]
+    checkpoint_directory: Path, samples_directory: Path, samples: list[tuple[bytes, dict[str, Any]]]
 ) -> None:
     transformers = pytest.importorskip("transformers")
     model, info = transformers.Glm4vForConditionalGeneration.from_pretrained(
