@@ -20,6 +20,7 @@ from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output
 from autoglm.llm.sequence import Request as EngineRequest
 from autoglm.messages import read_messages
+from autoglm.metrics import INTERVAL
 from autoglm.sampling import SamplingParams
 from autoglm.vision.encoder import ImageFile, VisionEncoder
 from autoglm_launcher.server import TritonServer
@@ -162,7 +163,7 @@ def test_concurrent_requests_answer_as_alone(server: TritonServer) -> None:
 
 def test_shared_prefix_is_computed_once(server: TritonServer) -> None:
     file, other = encode(picture(seed=71)), encode(picture(seed=72))
-    before = metric(server, "autoglm_prefix_cache_hit_tokens_total")
+    before = settled(server, "autoglm_prefix_cache_hit_tokens_total")
     options = {"max_tokens": 2, "ignore_eos": True}
     first = ask(server, {"MESSAGES": [image_chat("first question")], "IMAGES": [file]}, **options)
     same = ask(server, {"MESSAGES": [image_chat("second question")], "IMAGES": [file]}, **options)
@@ -188,7 +189,7 @@ def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:
 
 def test_stop_request_reaches_the_queue(server: TritonServer) -> None:
     """More requests than seats; those that wait end at once as well."""
-    before = metric(server, "autoglm_requests_total")
+    before = settled(server, "autoglm_requests_total")
     calls = [Call(server, {"PROMPT": [f"hello {i}"]}, LONG, request_id="many") for i in range(40)]
     wait_until(lambda: metric(server, "autoglm_requests_total") - before == 40)
     assert metric(server, "autoglm_requests_waiting") > 0
@@ -227,16 +228,20 @@ def test_batching_in_the_encoder(server: TritonServer) -> None:
             (stats,) = json.load(page)["model_stats"]
         return stats["inference_count"], stats["execution_count"]
 
+    files = [encode(picture(1080, 1920, i)) for i in range(16)]
     before = counts()
-    calls = [
-        Call(server, {"PROMPT": ["hi"], "IMAGES": [encode(picture(1080, 1920, i))]}, {"max_tokens": 1})
-        for i in range(16)
-    ]
+    calls = [Call(server, {"PROMPT": ["hi"], "IMAGES": [file]}, {"max_tokens": 1}) for file in files]
     for call in calls:
         call.result()
     inferences, executions = (after - b for after, b in zip(counts(), before, strict=True))
     assert inferences == 16
     assert executions < 16
+
+
+def settled(server: TritonServer, name: str) -> float:
+    """A metric after everything before this call has been counted."""
+    time.sleep(1.5 * INTERVAL)
+    return metric(server, name)
 
 
 def assert_idle(server: TritonServer) -> None:
