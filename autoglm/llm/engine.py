@@ -83,10 +83,6 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     def submit(self, request: Request) -> None:
         """Queue a request; everything about it, refusals included, goes to its sink."""
         self._inbox.put(request)
@@ -96,12 +92,26 @@ class Engine:
         self._inbox.put((request_id, reason))
 
     def _work(self) -> None:
+        try:
+            while not self._closing:
+                self._take_in()
+                self._expire()
+                self.step()
+            for sequence in list(self.scheduler):
+                self._finish(sequence, "cancelled")
+        except Exception as error:
+            log.exception("the engine has stopped")
+            self._refuse_all(RequestError(f"the engine has stopped: {error}", ErrorCode.INTERNAL))
+
+    def _refuse_all(self, fault: RequestError) -> None:
+        """After a fault of the engine itself nothing can be trusted: every request, present or coming, is told so."""
+        for sequence in self.scheduler:
+            sequence.request.sink(Output(error=fault))
         while not self._closing:
-            self._take_in()
-            self._expire()
-            self.step()
-        for sequence in list(self.scheduler):
-            self._finish(sequence, "cancelled")
+            item = self._inbox.get()
+            if isinstance(item, Request):
+                item.sink(Output(error=fault))
+            self._closing = item is None
 
     def _take_in(self) -> None:
         """Empty the inbox; wait for it when nothing else is to do."""

@@ -8,6 +8,7 @@ import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode
+from autoglm.llm.scheduler import Chunk
 from autoglm.llm.sequence import Output, Request
 from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
@@ -226,6 +227,29 @@ def test_a_failing_pass_ends_its_requests_only(plain: Pair, monkeypatch: pytest.
     assert harness.all_blocks_back()
 
 
+def test_a_fault_of_the_engine_hangs_nobody(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs, waits or comes later is told; and the engine can still be closed."""
+    harness = Harness(plain.checkpoint, max_batch_size=1)
+    engine = harness.engine
+    for name in ("running", "waiting"):
+        engine.submit(harness.random_request(name, 1, max_tokens=1900))
+    step, calls = engine.scheduler.schedule, iter(range(10**6))
+
+    def fail_later() -> list[Chunk]:
+        if next(calls) == 5:
+            raise RuntimeError("block 3 counts 2 holders")
+        return step()
+
+    monkeypatch.setattr(engine.scheduler, "schedule", fail_later)
+    engine.start()
+    wait_for(lambda: ended(harness.answers["running"].pieces) and ended(harness.answers["waiting"].pieces))
+    engine.submit(harness.random_request("later", 1))
+    wait_for(lambda: ended(harness.answers["later"].pieces))
+    for answer in harness.answers.values():
+        assert answer.last.error is not None and "block 3 counts" in answer.last.error.message
+    engine.close()
+
+
 def test_thread(plain: Pair) -> None:
     """Submitting from outside, cancelling by id, closing with work in hand."""
     harness = Harness(plain.checkpoint)
@@ -240,7 +264,7 @@ def test_thread(plain: Pair) -> None:
     assert harness.answers["cancel-me"].last.finish_reason == "cancelled"
     engine.close()
     assert harness.answers["closed"].last.finish_reason == "cancelled"
-    assert not engine.is_alive
+    assert not engine._thread.is_alive()
     assert harness.all_blocks_back()
 
 
