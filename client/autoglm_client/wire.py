@@ -21,6 +21,8 @@ LANGUAGE_MODEL = "autoglm_llm"  # the ensemble's last step, which a stop request
 Messages = str | Sequence[Mapping[str, Any]]
 SamplingValue = str | int | float | bool | Sequence[str] | Sequence[int] | None
 
+# Triton takes a gRPC parameter called `priority` for its own scheduler and hides it from the models.
+_SENT_AS = {"priority": "request_priority"}
 _RESERVED = {"sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output"}
 
 
@@ -82,8 +84,8 @@ def stop_request(request_id: str) -> Any:
 def read_response(message: Any) -> Response:
     """Decode a ModelStreamInferResponse. Raises the error which it carries.
 
-    Triton can report errors as gRPC statuses instead (header `triton_grpc_error`), but release 24.10 dies of it: one
-    error in some ten ends the whole server with a segmentation fault.
+    Triton can report errors as gRPC statuses instead (header `triton_grpc_error`), but release 24.10 dies of it: after
+    some ten errors the whole server ends with a segmentation fault.
     """
     if message.error_message:
         raise from_text(message.error_message)
@@ -128,12 +130,10 @@ def _string(raw: bytes | None) -> str:
 def _add_parameter(request: Any, name: str, value: SamplingValue) -> None:
     if name in _RESERVED or name.startswith("triton_"):
         raise InvalidRequest(f"{name}: not a sampling option")
-    parameter = request.parameters[name]
+    parameter = request.parameters[_SENT_AS.get(name, name)]
     try:
         if isinstance(value, bool):
             parameter.bool_param = value
-        elif name == "priority" and isinstance(value, int):
-            parameter.uint64_param = value
         elif isinstance(value, int):
             parameter.int64_param = value
         elif isinstance(value, float):

@@ -102,6 +102,7 @@ def test_invalid_requests_are_told_apart_and_the_server_goes_on(client: Client, 
         ({"prompt": task, "images": [image], "max_tokens": -1}, "max_tokens"),
         ({"prompt": task, "images": [image], "temperature": float("nan")}, "temperature"),
         ({"prompt": task, "images": [image], "tempperature": 1.0}, "tempperature"),
+        ({"prompt": task, "images": [image], "priority": 11}, "priority"),  # and so it arrives
     ]
     for arguments, field in wrong:
         with pytest.raises(InvalidRequest, match=field) as caught:
