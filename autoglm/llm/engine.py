@@ -18,7 +18,7 @@ from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
-from autoglm.llm.positions import prompt_positions
+from autoglm.llm.positions import image_runs, prompt_positions
 from autoglm.llm.prefix_keys import MediaSpan
 from autoglm.llm.runner import ModelRunner
 from autoglm.llm.scheduler import Chunk, Scheduler
@@ -135,8 +135,11 @@ class Engine:
             self.scheduler.add(self._sequence(request))
         except RequestError as error:
             request.sink(Output(error=error))
-            return
-        self.stats.requests += 1
+        except Exception as error:  # whatever it brought, it is this request's alone
+            log.exception("a request could not be taken in")
+            request.sink(Output(error=RequestError(f"the request failed: {error}", ErrorCode.INTERNAL)))
+        else:
+            self.stats.requests += 1
 
     def _sequence(self, request: Request) -> Sequence:
         length = len(request.token_ids)
@@ -148,10 +151,11 @@ class Engine:
         merge = self.checkpoint.vision.spatial_merge_size
         image_token = self.checkpoint.image_token_id
         try:
+            runs = image_runs(request.token_ids, request.grids, image_token, merge)
             positions, following = prompt_positions(request.token_ids, request.grids, image_token, merge)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        media = self._media(request)
+        media = [MediaSpan(digest, *run) for digest, run in zip(request.digests, runs, strict=True)]
         rows = 0 if request.embeddings is None else request.embeddings.shape[0]
         if rows != sum(span.length for span in media):
             raise RequestError(
@@ -168,16 +172,6 @@ class Engine:
             min(wanted, self.max_context - length),
         )
 
-    def _media(self, request: Request) -> list[MediaSpan]:
-        spans = []
-        index = 0
-        for digest, (_, height, width) in zip(request.digests, request.grids, strict=True):
-            length = height * width // self.checkpoint.vision.spatial_merge_size**2
-            start = request.token_ids.index(self.checkpoint.image_token_id, index)
-            spans.append(MediaSpan(digest, start, length))
-            index = start + length
-        return spans
-
     def _expire(self) -> None:
         now = time.monotonic()
         for sequence in [s for s in self.scheduler if s.deadline is not None and s.deadline <= now]:
@@ -193,21 +187,23 @@ class Engine:
         chunks = self.scheduler.schedule()
         if chunks:
             try:
-                self._run(chunks)
+                tokens = self.runner.run(chunks)
             except Exception as error:
                 # Whatever it was, only these sequences saw it: they end, the engine goes on.
                 log.exception("a forward pass of %d sequences failed", len(chunks))
+                fault = RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL)
                 for chunk in chunks:
                     self.scheduler.remove(chunk.sequence)
-                    fault = RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL)
                     chunk.sequence.request.sink(Output(error=fault))
+            else:
+                self._advance(chunks, tokens)
             self.stats.steps += 1
         self._count_blocks()
         if not self.scheduler.running:
             self.scheduler.check_integrity()
 
-    def _run(self, chunks: list[Chunk]) -> None:
-        tokens = self.runner.run(chunks)
+    def _advance(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int]]) -> None:
+        """Note what a pass has computed, and hand out the tokens that it gave."""
         for chunk in chunks:
             self.scheduler.complete(chunk)
         for sequence, token in tokens:

@@ -5,6 +5,33 @@ from collections.abc import Sequence
 import torch
 
 
+def image_runs(
+    token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]], image_token_id: int, merge_size: int
+) -> list[tuple[int, int]]:
+    """Where each image's placeholders stand in a prompt: (start, length), in order.
+
+    Raises:
+        ValueError: the runs of placeholders do not match the grids.
+    """
+    runs = []
+    end = 0
+    for _, height, width in grids:
+        if min(height, width) < merge_size or height % merge_size or width % merge_size:
+            raise ValueError(f"a grid is {height} x {width} patches, it must be of multiples of {merge_size}")
+        try:
+            start = token_ids.index(image_token_id, end)
+        except ValueError:
+            raise ValueError(f"the prompt has fewer images than the {len(grids)} grids") from None
+        length = height * width // merge_size**2
+        end = start + length
+        if token_ids[start:end] != [image_token_id] * length:
+            raise ValueError(f"the image at token {start} has not the {length} placeholders of its grid")
+        runs.append((start, length))
+    if image_token_id in token_ids[end:]:
+        raise ValueError(f"the prompt has more image placeholders than the {len(grids)} grids")
+    return runs
+
+
 def prompt_positions(
     token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]], image_token_id: int, merge_size: int
 ) -> tuple[torch.Tensor, int]:
@@ -24,25 +51,17 @@ def prompt_positions(
         ValueError: the runs of placeholders do not match the grids.
     """
     parts: list[torch.Tensor] = []
-    current = index = 0
-    for _, height, width in grids:
-        try:
-            start = token_ids.index(image_token_id, index)
-        except ValueError:
-            raise ValueError(f"the prompt has fewer images than the {len(grids)} grids") from None
+    current = end = 0
+    runs = image_runs(token_ids, grids, image_token_id, merge_size)
+    for (start, length), (_, height, width) in zip(runs, grids, strict=True):
+        parts.append(_text(current, start - end))
+        current += start - end
         rows, cols = height // merge_size, width // merge_size
-        index = start + rows * cols
-        if token_ids[start:index] != [image_token_id] * (rows * cols):
-            raise ValueError(f"the image at token {start} has not the {rows * cols} placeholders of its grid")
-        text = start - sum(part.shape[1] for part in parts)
-        parts.append(_text(current, text))
-        current += text
-        places = torch.arange(rows * cols, dtype=torch.int32)
+        places = torch.arange(length, dtype=torch.int32)
         parts.append(torch.stack((torch.zeros_like(places), places // cols, places % cols)) + current)
         current += max(rows, cols)
-    rest = len(token_ids) - index
-    if image_token_id in token_ids[index:]:
-        raise ValueError(f"the prompt has more image placeholders than the {len(grids)} grids")
+        end = start + length
+    rest = len(token_ids) - end
     parts.append(_text(current, rest))
     return torch.cat(parts, dim=1), current + rest
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_refusals(plain: Pair) -> None:
     assert "100 tokens" in str(errors["long"])
     harness.run()
     assert harness.answers["q1"].last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("grid", [(1, 0, 0), (1, -2, -2), (1, 3, 4)])
+def test_impossible_grid_is_refused(plain: Pair, grid: tuple[int, int, int]) -> None:
+    harness = Harness(plain.checkpoint)
+    request = harness.random_request("a", 1)
+    harness.run(replace(request, grids=[grid], digests=[b"x"]))
+    error = harness.answers["a"].last.error
+    assert error is not None and error.code == ErrorCode.INVALID_ARGUMENT and "multiples of 2" in error.message
+
+
+def test_whatever_a_request_brings_is_its_own_fault(plain: Pair) -> None:
+    harness = Harness(plain.checkpoint)
+    harness.run(replace(harness.random_request("odd", 1), digests=[b"a digest without an image"]))
+    error = harness.answers["odd"].last.error
+    assert error is not None and error.code == ErrorCode.INTERNAL
+    harness.run(harness.random_request("next", 1))
+    assert harness.answers["next"].last.finish_reason == "length"
 
 
 def test_answer_ends_at_the_context(plain: Pair) -> None:
