@@ -12,6 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+# CLIP's, which the whole family normalises with.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class CheckpointError(ValueError):
     """The directory is not a checkpoint that this server can run; the message names the file and the key."""
@@ -60,11 +64,6 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-    @property
-    def patch_elements(self) -> int:
-        """Numbers in one patch: channels x frames x height x width."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 @dataclass(frozen=True)
@@ -216,8 +215,8 @@ def _image_limits(path: Path) -> ImageLimits:
     size = processor.get("size") or {}
     if "shortest_edge" not in size or "longest_edge" not in size:
         raise CheckpointError(f"{path}: the image processor's size needs shortest_edge and longest_edge, has {size}")
-    mean = processor.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
-    std = processor.get("image_std", [0.26862954, 0.26130258, 0.27577711])
+    mean = processor.get("image_mean", CLIP_MEAN)
+    std = processor.get("image_std", CLIP_STD)
     return ImageLimits(
         min_pixels=int(size["shortest_edge"]),
         max_pixels=int(size["longest_edge"]),

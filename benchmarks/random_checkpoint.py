@@ -16,17 +16,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from autoglm.checkpoint import Checkpoint, TextConfig, VisionConfig
+from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, Checkpoint, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
 from autoglm.vision.vit import VisionTransformer
+from demo.tokenizer import CHAT_TEMPLATE, SPECIAL, TAGS
 
 FIRST_SPECIAL = 151329
-SPECIALS = [
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-    "<|image|>", "<|video|>",
-]  # fmt: skip
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 CONFIG: dict[str, Any] = {
     "model_type": "glm4v",
     "architectures": ["Glm4vForConditionalGeneration"],
@@ -47,13 +42,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 PROCESSOR = {
     "size": {"shortest_edge": 12544, "longest_edge": 9633792}, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711], "image_processor_type": "Glm4vImageProcessor",
+    "merge_size": 2, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Glm4vImageProcessor",
 }  # fmt: skip
-TEMPLATE = (
-    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 SHARD_BYTES = 4 << 30
 
 
@@ -66,7 +56,7 @@ def write(directory: Path, device: torch.device) -> None:
         "generation_config.json": {"eos_token_id": CONFIG["text_config"]["eos_token_id"], "do_sample": False},
     }.items():
         (directory / name).write_text(json.dumps(content))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     make_tokenizer().save(str(directory / "tokenizer.json"))
     checkpoint = Checkpoint.open(directory)
     shard: dict[str, torch.Tensor] = {}
@@ -90,7 +80,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     tokenizer.add_tokens([AddedToken(text, special=False) for text in TAGS])
     return tokenizer
 

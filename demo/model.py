@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from autoglm.checkpoint import ImageLimits, TextConfig, VisionConfig
+from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, ImageLimits, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
 from autoglm.vision.vit import VisionTransformer
 from demo import phrases, vocabulary
@@ -26,8 +26,8 @@ IMAGE_LIMITS = ImageLimits(
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
 )
 
 

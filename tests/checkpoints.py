@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIALS = [
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-    "<|image|>", "<|video|>",
-]  # fmt: skip
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+from demo.tokenizer import SPECIAL, TAGS
 
 # In our own words: renders as GLM-4.1V's template does.
 TEMPLATE = """\
@@ -71,7 +66,7 @@ def make_tokenizer(extra_text: tuple[str, ...] = ()) -> Tokenizer:
     )
     corpus = ['do(action="Tap", element=[517,233])', "open the settings page", "打开设置", *extra_text]
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     tokenizer.add_tokens([AddedToken(text, special=False) for text in TAGS])
     return tokenizer
 
@@ -81,7 +76,7 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
     from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedTokenizerFast
 
     tokenizer = make_tokenizer()
-    ids: dict[str, int] = {text: tokenizer.token_to_id(text) or 0 for text in SPECIALS + TAGS}
+    ids: dict[str, int] = {text: tokenizer.token_to_id(text) or 0 for text in (*SPECIAL, *TAGS)}
     eos = [ids["<|endoftext|>"], ids["<|user|>"], ids["<|observation|>"]]
     if shape.ends_at_answer:
         eos.append(ids["</answer>"])

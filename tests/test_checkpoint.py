@@ -85,8 +85,7 @@ def test_broken_weights(copy: Path) -> None:
         load({**whole, name: whole[name][1:].clone()})
     file.unlink()
     with pytest.raises(CheckpointError, match="missing weight files"):
-        load_shards = Checkpoint.open(copy).shards
-        assert not load_shards
+        _ = Checkpoint.open(copy).shards
 
 
 def test_each_tensor_brings_its_own_dtype(copy: Path, plain: Pair) -> None:

@@ -32,7 +32,7 @@ def test_deep_nesting_is_text() -> None:
     assert SamplingParams.from_parameters({"stop": "[" * 100_000}, {}).stop == ("[" * 100_000,)
 
 
-@pytest.mark.parametrize("value", ["[]x" * 0, "[1]", '["a", 1]', '[""]', str(list("abcdefghijklmnopq"))])
+@pytest.mark.parametrize("value", ["", "[1]", '["a", 1]', '[""]', str(list("abcdefghijklmnopq"))])
 def test_bad_stops(value: str) -> None:
     with pytest.raises(RequestError, match="stop"):
         SamplingParams.from_parameters({"stop": value.replace("'", '"')}, {})

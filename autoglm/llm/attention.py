@@ -1,4 +1,4 @@
-"""Causal attention in plain PyTorch: dense, and over the paged KV cache."""
+"""Causal attention over the paged KV cache in plain PyTorch."""
 
 from collections.abc import Sequence as Seq
 
@@ -8,18 +8,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.scheduler import Chunk
-
-
-class DenseAttention:
-    """Sequences of equal length, each seeing only itself, nothing kept: for training and for comparisons."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return mixed.transpose(1, 2).flatten(0, 1)
 
 
 class PagedAttention:

@@ -13,7 +13,6 @@ class KVCache:
     ) -> None:
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         self.block_size = block_size
-        self.num_blocks = num_blocks
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 

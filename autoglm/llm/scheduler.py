@@ -77,7 +77,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
             if budget:
                 budget -= self._extend(sequence, budget, chunks)
-        while budget and self.waiting and self._lacks(self.waiting[0]) <= 0 and self._has_seat():
+        while budget and self.waiting and self._has_seat() and self._lacks(self.waiting[0]) <= 0:
             self._admit(self.waiting.pop(0))
             budget -= self._extend(self.running[-1], budget, chunks)
         return chunks

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,14 @@ class ImageFile:
     data: bytes
     grid: tuple[int, int, int]
     name: str
+
+
+class _Decoded(NamedTuple):
+    """An image's patches [N, 1176], and the index of the request that it belongs to."""
+
+    request: int
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
 
 
 class VisionEncoder:
@@ -60,32 +69,31 @@ class VisionEncoder:
             For each request its images' embeddings one after another, bfloat16 [tokens, hidden_size] on the device,
             or the error of its first image that cannot be used; other requests are not affected.
         """
-        decoded = [[self._threads.submit(self._patches, image) for image in images] for images in requests]
-        results: list[torch.Tensor | RequestError] = []
-        pending: list[tuple[int, torch.Tensor, tuple[int, int, int]]] = []
+        jobs = [[self._threads.submit(self._patches, image) for image in images] for images in requests]
+        faults: dict[int, RequestError] = {}
+        features: list[list[torch.Tensor]] = [[] for _ in requests]
+        pending: list[_Decoded] = []
         for index, images in enumerate(requests):
-            results.append(torch.empty(0, self.checkpoint.text.hidden_size, dtype=FEATURE_DTYPE, device=self.device))
             try:
-                ready = [(index, job.result(), im.grid) for job, im in zip(decoded[index], images, strict=True)]
+                pairs = zip(jobs[index], images, strict=True)
+                pending += [_Decoded(index, job.result(), image.grid) for job, image in pairs]
             except RequestError as error:
-                results[index] = error
+                faults[index] = error
             except Exception as error:  # such as a want of memory: this request's alone
                 log.exception("an image could not be decoded")
-                results[index] = RequestError(f"an image could not be decoded: {error}", ErrorCode.INTERNAL)
-            else:
-                pending += ready
+                faults[index] = RequestError(f"an image could not be decoded: {error}", ErrorCode.INTERNAL)
         for group in self._passes(pending):
             try:
-                features = self._embed([pixels for _, pixels, _ in group], [grid for _, _, grid in group])
+                embedded = self._embed(group)
             except Exception as error:
                 log.exception("a pass over %d images failed", len(group))
-                for index, _, _ in group:
-                    results[index] = RequestError(f"the vision encoder failed: {error}", ErrorCode.INTERNAL)
-                continue
-            for (index, _, _), feature in zip(group, features, strict=True):
-                before = results[index]
-                if isinstance(before, torch.Tensor):
-                    results[index] = torch.cat((before, feature))
+                fault = RequestError(f"the vision encoder failed: {error}", ErrorCode.INTERNAL)
+                faults |= {image.request: fault for image in group}
+            else:
+                for image, feature in zip(group, embedded, strict=True):
+                    features[image.request].append(feature)
+        none = torch.empty(0, self.checkpoint.text.hidden_size, dtype=FEATURE_DTYPE, device=self.device)
+        results = [faults[i] if i in faults else torch.cat((none, *rows)) for i, rows in enumerate(features)]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the features go to another process, which knows no stream of ours
         return results
@@ -96,23 +104,23 @@ class VisionEncoder:
         pixels = decode_image(image.data, self.limits, image.name)
         return torch.from_numpy(patches(pixels, size, limits))
 
-    def _passes(
-        self, pending: list[tuple[int, torch.Tensor, tuple[int, int, int]]]
-    ) -> Iterator[list[tuple[int, torch.Tensor, tuple[int, int, int]]]]:
+    def _passes(self, pending: list[_Decoded]) -> Iterator[list[_Decoded]]:
         """Cut the images into runs of at most `max_patches` patches; one that is larger goes alone."""
-        group: list[tuple[int, torch.Tensor, tuple[int, int, int]]] = []
+        group: list[_Decoded] = []
         count = 0
-        for item in pending:
-            if group and count + item[1].shape[0] > self.max_patches:
+        for image in pending:
+            if group and count + image.patches.shape[0] > self.max_patches:
                 yield group
                 group, count = [], 0
-            group.append(item)
-            count += item[1].shape[0]
+            group.append(image)
+            count += image.patches.shape[0]
         if group:
             yield group
 
     @torch.inference_mode()
-    def _embed(self, pixels: list[torch.Tensor], grids: list[tuple[int, int, int]]) -> Sequence[torch.Tensor]:
-        packed = torch.cat([p.to(self.device) for p in pixels]).to(self.dtype)
+    def _embed(self, group: list[_Decoded]) -> tuple[torch.Tensor, ...]:
+        """One pass; the features of each image."""
+        packed = torch.cat([image.patches.to(self.device) for image in group]).to(self.dtype)
+        features = self.model(packed, [image.grid for image in group]).to(FEATURE_DTYPE)
         merged = self.checkpoint.vision.spatial_merge_size**2
-        return self.model(packed, grids).to(FEATURE_DTYPE).split([p.shape[0] // merged for p in pixels])  # type: ignore[no-any-return]
+        return torch.split(features, [image.patches.shape[0] // merged for image in group])

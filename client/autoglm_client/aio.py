@@ -165,7 +165,8 @@ class AsyncClient:
     ) -> Result:
         """Ask and wait for the complete answer; the arguments are those of `Client.generate`."""
         limit = self._timeout if timeout is None else timeout
-        async with self._start(messages, prompt, images, sampling, request_id, False, limit, None) as stream:
+        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=False, timeout=limit)
+        async with self._open(request, limit, None) as stream:
             return await stream.result()
 
     def stream(
@@ -182,7 +183,8 @@ class AsyncClient:
         """Ask and get the answer while it is made; call it where an event loop runs."""
         limit = self._timeout if timeout is None else timeout
         first = self._first_piece_timeout if first_piece_timeout is None else first_piece_timeout
-        return self._start(messages, prompt, images, sampling, request_id, True, limit, first)
+        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=True, timeout=limit)
+        return self._open(request, limit, first)
 
     async def is_ready(self) -> bool:
         """Whether a server is there and says that the ensemble can be asked."""
@@ -211,28 +213,9 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    def _start(
-        self,
-        messages: Messages | None,
-        prompt: str | None,
-        images: Iterable[ImageSource],
-        sampling: dict[str, SamplingValue],
-        request_id: str | None,
-        streamed: bool,
-        timeout: float,
-        first_piece_timeout: float | None,
-    ) -> AsyncStream:
+    def _open(self, request: Any, timeout: float, first_piece_timeout: float | None) -> AsyncStream:
         if self._closed:
             raise Cancelled("the client is closed")
-        request = wire.inference_request(
-            messages=messages,
-            prompt=prompt,
-            images=images,
-            sampling=sampling,
-            request_id=request_id,
-            stream=streamed,
-            timeout=timeout,
-        )
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
         stream = AsyncStream(call, request.id, first_piece_timeout, self._stop, self.server)
         self._streams.add(stream)

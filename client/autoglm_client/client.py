@@ -186,7 +186,8 @@ class Client:
         `sampling`: max_tokens, temperature, top_p, ..., lists for `stop` and `stop_token_ids`. Raises AutoGLMError.
         """
         limit = self._timeout if timeout is None else timeout
-        with self._start(messages, prompt, images, sampling, request_id, False, limit, None) as stream:
+        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=False, timeout=limit)
+        with self._open(request, limit, None) as stream:
             return stream.result()
 
     def stream(
@@ -203,7 +204,8 @@ class Client:
         """Ask and get the answer while it is made; the arguments are those of `generate`."""
         limit = self._timeout if timeout is None else timeout
         first = self._first_piece_timeout if first_piece_timeout is None else first_piece_timeout
-        return self._start(messages, prompt, images, sampling, request_id, True, limit, first)
+        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=True, timeout=limit)
+        return self._open(request, limit, first)
 
     def is_ready(self) -> bool:
         """Whether a server is there and says that the ensemble can be asked."""
@@ -232,28 +234,9 @@ class Client:
     ) -> None:
         self.close()
 
-    def _start(
-        self,
-        messages: Messages | None,
-        prompt: str | None,
-        images: Iterable[ImageSource],
-        sampling: dict[str, SamplingValue],
-        request_id: str | None,
-        streamed: bool,
-        timeout: float,
-        first_piece_timeout: float | None,
-    ) -> Stream:
+    def _open(self, request: Any, timeout: float, first_piece_timeout: float | None) -> Stream:
         if self._closed:
             raise Cancelled("the client is closed")
-        request = wire.inference_request(
-            messages=messages,
-            prompt=prompt,
-            images=images,
-            sampling=sampling,
-            request_id=request_id,
-            stream=streamed,
-            timeout=timeout,
-        )
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
         stream = Stream(call, request.id, first_piece_timeout, self._stop, self.server)
         self._streams.add(stream)

@@ -40,12 +40,12 @@ def channel_options(connect_timeout: float) -> list[tuple[str, int]]:
 
 
 def inference_request(
-    *,
     messages: Messages | None,
     prompt: str | None,
     images: Iterable[ImageSource],
     sampling: Mapping[str, SamplingValue],
     request_id: str | None,
+    *,
     stream: bool,
     timeout: float,
 ) -> Any:
