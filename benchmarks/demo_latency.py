@@ -5,18 +5,18 @@
 Every request is a sample screen with one pixel changed, so that neither cache knows it; the first round warms up.
 """
 
-import argparse
 import io
 import json
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from itertools import count
 from pathlib import Path
 
 from autoglm_client import Client
 from PIL import Image
+
+from benchmarks.report import read_options, report
 
 SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
 REPEATS = 6
@@ -24,11 +24,7 @@ AT_ONCE = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--server", default="127.0.0.1:8001")
-    parser.add_argument("--machine", default="unnamed machine")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = read_options(__doc__)
     samples = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
     numbers = count()
 
@@ -41,7 +37,7 @@ def main() -> None:
         image.save(buffer, "PNG", compress_level=1)
         return sample["task"], buffer.getvalue()
 
-    with Client(args.server) as client, ThreadPoolExecutor(AT_ONCE) as threads:
+    with Client(options.server) as client, ThreadPoolExecutor(AT_ONCE) as threads:
 
         def ask(task: str, image: bytes) -> float:
             started = time.perf_counter()
@@ -61,11 +57,7 @@ def main() -> None:
         for prefix, seconds in (("demo-1", alone), (f"demo-{AT_ONCE}", eight))
         for name, value in ((f"{prefix}, median", statistics.median), (f"{prefix}, slowest", max))
     ]
-    for row in rows:
-        print(f"{row['name']:20} {row['value']:7.3f} s")
-    if args.out:
-        result = {"machine": args.machine, "date": date.today().isoformat(), "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    report(options, rows)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,22 @@
     python -m benchmarks.served [--server 127.0.0.1:8001] [--out FILE]
 
 Workloads: `text` is a prompt of about 128 tokens; `screenshot` is a 1080x2400 image, another one each time, made by
-enlarging 68x150 random pixels, with about 70 tokens of text. Each is asked for 65 tokens, end-of-text ignored; medians.
+enlarging 68x150 random pixels, with about 70 tokens of text. No two prompts begin alike, so that the prefix cache holds
+nothing of them but the template. Each is asked for 65 tokens, end-of-text ignored; medians.
 """
 
-import argparse
 import io
-import json
 import statistics
 import subprocess
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from autoglm_client import Client
 from PIL import Image
+
+from benchmarks.report import read_options, report
 
 TOKENS = 65
 REPEATS = 5
@@ -74,28 +74,19 @@ def process_name(pid: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--server", default="127.0.0.1:8001")
-    parser.add_argument("--machine", default="unnamed machine")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = read_options(__doc__)
     rows: list[dict[str, Any]] = []
-    with Client(args.server) as client:
+    with Client(options.server) as client:
         for name, images, text in (("text", 0, "a" * 120), ("screenshot", 1, "b" * 64)):
             runs = [
-                measure(client, f"{i} {text}", [screenshot(1000 * repeat + i)] * images)
+                measure(client, f"{repeat}{i} {text}", [screenshot(1000 * repeat + i)] * images)
                 for repeat in range(2)
                 for i in range(REPEATS)
             ][REPEATS:]  # the first round warms up
             for key in runs[0]:
                 value = statistics.median(run[key] for run in runs)
                 rows.append({"name": f"{name}: {key}", "value": round(value, 2), "unit": key.split(", ")[-1]})
-    rows += gpu_memory()
-    for row in rows:
-        print(f"{row['name']:36} {row['value']:10.2f} {row['unit']}")
-    if args.out:
-        result = {"machine": args.machine, "date": date.today().isoformat(), "rows": rows}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    report(options, rows + gpu_memory())
 
 
 if __name__ == "__main__":
