@@ -5,7 +5,7 @@ FROM nvcr.io/nvidia/tritonserver:26.04-py3
 
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3-venv \
+    && apt-get install -y --no-install-recommends gcc libpython3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/autoglm
@@ -22,8 +22,9 @@ COPY presets ./presets
 COPY autoglm-config.yaml ./
 COPY demo/samples ./demo/samples
 
-# Kernels that are compiled at run time; a volume keeps them.
+# Kernels that are compiled at run time (with gcc, for what launches them), and quantised weights; a volume keeps them.
 ENV XDG_CACHE_HOME=/var/cache/autoglm \
+    AUTOGLM_CACHE=/var/cache/autoglm/weights \
     TRITON_CACHE_DIR=/var/cache/autoglm/triton \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/autoglm/inductor \
     HOME=/tmp \

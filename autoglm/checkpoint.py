@@ -82,6 +82,17 @@ class ImageLimits:
 
 
 @dataclass(frozen=True)
+class BitsandbytesInt8:
+    """The checkpoint's linear layers are bitsandbytes' INT8, but for the modules whose names end in one of `skipped`.
+
+    threshold: from which magnitude bitsandbytes computes inputs in float; 0 for none.
+    """
+
+    skipped: tuple[str, ...]
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory; `open` reads its JSON files. Its tensors are the business of `autoglm.weights`."""
 
@@ -95,6 +106,7 @@ class Checkpoint:
     image_limits: ImageLimits
     chat_template: str
     generation_defaults: dict[str, Any] = field(default_factory=dict)
+    quantization: BitsandbytesInt8 | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
@@ -120,6 +132,7 @@ class Checkpoint:
             image_limits=_image_limits(path),
             chat_template=_chat_template(path),
             generation_defaults=defaults,
+            quantization=_quantization(config.get("quantization_config")),
         )
 
     @cached_property
@@ -228,6 +241,16 @@ def _image_limits(path: Path) -> ImageLimits:
         rescale_factor=float(processor.get("rescale_factor", 1 / 255)),
         resample=int(processor.get("resample", 3)),
     )
+
+
+def _quantization(config: Mapping[str, Any] | None) -> BitsandbytesInt8 | None:
+    if not config:
+        return None
+    if not config.get("load_in_8bit"):
+        kind = config.get("quant_method", "unnamed")
+        raise CheckpointError(f"config.json: quantization_config is {kind!r}, supported is bitsandbytes' load_in_8bit")
+    skipped = config.get("llm_int8_skip_modules") or ()
+    return BitsandbytesInt8(tuple(skipped), float(config.get("llm_int8_threshold", 6.0)))
 
 
 def _chat_template(path: Path) -> str:

@@ -1,14 +1,16 @@
 """The server's configuration: one YAML file, read once, checked whole.
 
-`AUTOGLM_CONFIG` names the file, `AUTOGLM_PRESET` a second one whose few lines replace those of the first, and
-`AUTOGLM_CHECKPOINT` the checkpoint directory. A key that is unknown or of a wrong type is refused by its full name.
+`AUTOGLM_CONFIG` names the file, `AUTOGLM_PRESET` a second one whose few lines replace those of the first,
+`AUTOGLM_OVERRIDES` is a third, as text, for single values; `AUTOGLM_CHECKPOINT` names the checkpoint directory.
+A key that is unknown or of a wrong type is refused by its full name.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -18,11 +20,81 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Range:
+    """What a number may be, both ends included. A plain `int` is at least 1."""
+
+    lowest: float
+    highest: float = math.inf
+
+    def __str__(self) -> str:
+        return f"at least {self.lowest}" if self.highest == math.inf else f"from {self.lowest} to {self.highest}"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """`auto` takes the first GPU and bfloat16 where there is one, else the CPU and float32."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+@dataclass(frozen=True)
+class LayerQuantization:
+    """Asymmetric weights have an offset beside each scale; a group is so many inputs, 0 the whole row."""
+
+    symmetric: bool = True
+    group_size: Literal[0, 128] = 0
+
+
+@dataclass(frozen=True)
+class LayerSpecific:
+    attention: LayerQuantization = field(default_factory=LayerQuantization)
+    ffn: LayerQuantization = field(default_factory=LayerQuantization)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Runs the unquantised model over `samples` lines of `dataset` once, before the weights are quantised.
+
+    smoothing: SmoothQuant's alpha (Xiao et al. 2022), 0 leaves the weights as they are.
+    """
+
+    dataset: str = ""
+    samples: int = 128
+    method: Literal["minmax"] = "minmax"
+    smoothing: Annotated[float, Range(0, 1)] = 0.0
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the language model's linear layers are stored. `auto` quantises on a GPU."""
+
+    enabled: Literal["auto", True, False] = "auto"
+    dtype: Literal["int8"] = "int8"
+    scheme: Literal["dynamic"] = "dynamic"
+    per_channel: Literal[True] = True
+    backend: Literal["native", "bitsandbytes"] = "native"
+    head: bool = True
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    layer_specific: LayerSpecific = field(default_factory=LayerSpecific)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The language model's memory on its GPU; `limit_mb` replaces `fraction` where it is not 0."""
+
+    fraction: Annotated[float, Range(0.05, 1)] = 0.85
+    limit_mb: Annotated[int, Range(0)] = 0
+    embedding: Literal["device", "host"] = "device"
+
+
+@dataclass(frozen=True)
+class WeightCacheConfig:
+    """An empty `directory` is the one that `AUTOGLM_CACHE` names, else ~/.cache/autoglm/weights."""
+
+    enabled: bool = True
+    max_gb: int = 64
+    directory: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,42 +123,48 @@ class VisionSection:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the language model's engine. Tokens are counted after images are expanded."""
+    """Sizes of the language model's engine. Tokens are counted after images are expanded.
 
-    max_batch_size: int = 32
-    max_tokens_per_step: int = 2048
+    `kv_cache_mb` 0 takes what `MemoryConfig` leaves beside weights and a measured forward pass.
+    """
+
+    max_batch_size: int = 64
+    max_tokens_per_step: int = 8192
+    max_tokens_per_mixed_step: int = 768
     max_queue_size: int = 256
     max_context: int = 32768
     default_max_tokens: int = 1024
     block_size: int = 16
-    kv_cache_mb: int = 4096
+    kv_cache_mb: Annotated[int, Range(0)] = 0
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = "auto"
     prefix_cache: bool = True
 
 
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    weight_cache: WeightCacheConfig = field(default_factory=WeightCacheConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     vision: VisionSection = field(default_factory=VisionSection)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
-def load_config(path: str | Path | None = None, preset: str | Path | None = None) -> Config:
-    """Read the configuration; without arguments from the files that the environment names, or all defaults.
+def load_config(
+    path: str | Path | None = None, preset: str | Path | None = None, overrides: str | None = None
+) -> Config:
+    """Read the configuration; without arguments from what the environment names, or all defaults.
 
     Raises:
         ConfigError: a file is missing or not YAML, or a key or value is not allowed.
     """
-    files = (path or os.environ.get("AUTOGLM_CONFIG"), preset or os.environ.get("AUTOGLM_PRESET"))
     merged: dict[str, Any] = {}
-    for file in files:
-        if not file:
-            continue
-        content = _read(Path(file))
-        _build(Config, content, str(file))
-        for section, values in content.items():
-            merged[section] = {**merged.get(section, {}), **(values or {})}
+    for file in (path or os.environ.get("AUTOGLM_CONFIG"), preset or os.environ.get("AUTOGLM_PRESET")):
+        if file:
+            merged = _merge(merged, _parse(_read(Path(file)), str(file)))
+    merged = _merge(merged, _parse(overrides or os.environ.get("AUTOGLM_OVERRIDES", ""), "AUTOGLM_OVERRIDES"))
     config: Config = _build(Config, merged, "configuration")
     return config
 
@@ -99,22 +177,41 @@ def checkpoint_directory() -> Path:
     return Path(directory)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> str:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    """The sections that a text holds, each checked, so that a refusal names its source."""
+    try:
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{source} is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected sections")
+        raise ConfigError(f"{source} holds a {type(content).__name__}, expected sections")
+    _build(Config, content, source)
     return content
 
 
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` replaces values of `base`, sections within sections too; an empty section replaces nothing."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = _merge(below, value)
+        elif value is not None or below is None:
+            merged[key] = value
+    return merged
+
+
 def _build(kind: type[Any], values: Mapping[str, Any], name: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     known = [f.name for f in fields(kind)]
     made: dict[str, Any] = {}
     for key, value in values.items():
@@ -133,10 +230,15 @@ def _build(kind: type[Any], values: Mapping[str, Any], name: str) -> Any:
 
 def _check(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
+        # 1 equals True in Python, not in a configuration.
+        if not any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint)):
             raise ConfigError(f"{where} is {value!r}, allowed are {', '.join(map(str, get_args(hint)))}")
-    elif type(value) is not hint:
-        raise ConfigError(f"{where} is {value!r}, expected a value of type {hint.__name__}")
-    elif hint is int and value < 1:
-        raise ConfigError(f"{where} is {value}, it must be at least 1")
+        return value
+    kind, allowed = get_args(hint) if get_origin(hint) is Annotated else (hint, Range(1))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where} is {value!r}, expected a value of type {kind.__name__}")
+    if kind in (int, float) and not allowed.lowest <= value <= allowed.highest:
+        raise ConfigError(f"{where} is {value}, it must be {allowed}")
     return value

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 def _check_config(options: Options) -> None:
     """A mistake in a YAML file is told here in one line, not by a model's traceback."""
     try:
-        load_config(options.config, options.preset)
+        load_config(options.config, options.preset, options.overrides)
     except ConfigError as error:
         raise LauncherError(str(error)) from None
 
@@ -74,6 +74,7 @@ def _make_server(options: Options) -> TritonServer:
         ports=options.ports,
         gpus=options.gpus,
         log_path=options.log,
+        environment={"AUTOGLM_OVERRIDES": options.overrides},
     )
 
 

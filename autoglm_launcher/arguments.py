@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ from autoglm_launcher.ports import Ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
+CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32", "fp8": "float8", "int8": "int8"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to serve and where. log: None means standard output. tritonserver: None means the wheel's."""
+    """What to serve and where. log: None means standard output. tritonserver: None means the wheel's.
+
+    overrides: values that the command line sets over the configuration, in YAML; empty for none.
+    """
 
     checkpoint: Path
     config: Path
     preset: Path | None
+    overrides: str
     gpus: tuple[int, ...] | None
     host: str
     ports: Ports
@@ -53,12 +59,17 @@ def parse(argv: Sequence[str]) -> Options:
         prog="./run_autoglm_server.sh",
         description="Serve an AutoGLM checkpoint with the NVIDIA Triton Inference Server. Installs into .venv first.",
         epilog="Environment: AUTOGLM_PYTHON (the Python to use), AUTOGLM_TORCH_INDEX (a pip index for PyTorch), "
-        "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CHECKPOINT, AUTOGLM_CONFIG.",
+        "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CACHE (where quantised weights are kept), "
+        "AUTOGLM_CHECKPOINT, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (lines of configuration).",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="Hugging Face directory to serve (default: demo/checkpoint)")
     add("--config", type=Path, metavar="FILE", help="configuration (default: autoglm-config.yaml)")
     add("--preset", metavar="NAME", help="presets/NAME.yaml replaces lines of the configuration")
+    int8 = parser.add_mutually_exclusive_group()
+    int8.add_argument("--use-int8", action="store_true", default=None, help="quantise the language model's weights")
+    int8.add_argument("--no-int8", action="store_false", dest="use_int8", help="do not (default: on a GPU)")
+    add("--kv-cache-dtype", choices=CACHE_DTYPES, help="of keys and values (default: auto, as the model)")
     add("--gpus", type=_gpus, metavar="0,1", help="the GPUs to use (default: all)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--http-port", type=_port, default=Ports.http, metavar="N", help="default: %(default)s")
@@ -76,6 +87,7 @@ def parse(argv: Sequence[str]) -> Options:
         checkpoint=base / (given.checkpoint or _from_environment("CHECKPOINT") or DEMO_CHECKPOINT),
         config=base / (given.config or _from_environment("CONFIG") or ROOT / "autoglm-config.yaml"),
         preset=preset and base / preset,
+        overrides=_overrides(given) or os.environ.get("AUTOGLM_OVERRIDES", ""),
         gpus=given.gpus,
         host=given.host,
         ports=Ports(given.http_port, given.grpc_port, given.metrics_port),
@@ -88,6 +100,15 @@ def parse(argv: Sequence[str]) -> Options:
 def _from_environment(name: str) -> Path | None:
     value = os.environ.get(f"AUTOGLM_{name}")
     return Path(value) if value else None
+
+
+def _overrides(given: argparse.Namespace) -> str:
+    sections: dict[str, dict[str, object]] = {}
+    if given.use_int8 is not None:
+        sections["quantization"] = {"enabled": given.use_int8}
+    if given.kv_cache_dtype:
+        sections["engine"] = {"kv_cache_dtype": CACHE_DTYPES[given.kv_cache_dtype]}
+    return json.dumps(sections) if sections else ""
 
 
 def _gpus(text: str) -> tuple[int, ...]:

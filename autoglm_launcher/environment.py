@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import util
@@ -72,7 +73,7 @@ def prepare(extras: Sequence[str] = (), *, server: bool = True) -> Path:
 
 
 def missing_packages() -> list[str]:
-    """Debian packages that this interpreter lacks for making .venv and for the server's Python backend.
+    """Debian packages that this interpreter lacks for making .venv, for the server's Python backend, and for GPUs.
 
     Raises LauncherError when no package can help, as with a Python built without its shared library.
     """
@@ -86,6 +87,11 @@ def missing_packages() -> list[str]:
         packages.append(f"libpython{version}")
     if packages and sys.base_prefix != "/usr":
         raise LauncherError(f"{sys.executable} was built without {' and '.join(packages)}")
+    if list_gpus():  # kernels are launched by a little C, which is compiled when they are first used
+        if not any(shutil.which(compiler) for compiler in (os.environ.get("CC") or "gcc", "clang")):
+            packages.append("gcc")
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+            packages.append(f"libpython{version}-dev")
     return packages
 
 

@@ -1,6 +1,6 @@
 """How long a demo screenshot takes to be answered by a running server, alone and eight at once.
 
-    python -m benchmarks.demo_latency [--server 127.0.0.1:8001] [--out FILE]
+    python -m benchmarks.demo_latency --setting fp32 [--server 127.0.0.1:8001]
 
 Every request is a sample screen with one pixel changed, so that neither cache knows it; the first round warms up.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from autoglm_client import Client
 from PIL import Image
 
-from benchmarks.report import read_options, report
+from benchmarks.report import Row, read_server_options, report
 
 SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
 REPEATS = 6
@@ -24,7 +24,7 @@ AT_ONCE = 8
 
 
 def main() -> None:
-    options = read_options(__doc__)
+    options = read_server_options(__doc__)
     samples = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
     numbers = count()
 
@@ -53,11 +53,11 @@ def main() -> None:
         alone = [ask(*fresh()) for _ in range(REPEATS)]
         eight = [together([fresh() for _ in range(AT_ONCE)]) for _ in range(REPEATS)]
     rows = [
-        {"name": name, "value": round(value(seconds), 3), "unit": "s"}
+        Row(f"{prefix}-{name}", options.setting, round(value(seconds), 3), "s")
         for prefix, seconds in (("demo-1", alone), (f"demo-{AT_ONCE}", eight))
-        for name, value in ((f"{prefix}, median", statistics.median), (f"{prefix}, slowest", max))
+        for name, value in (("median", statistics.median), ("slowest", max))
     ]
-    report(options, rows)
+    report(options, "demo", rows)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class LibraryBackend:
         self.limits = config.limits
         self.renderer = ChatRenderer(checkpoint, tokenizer, config.limits, checkpoint.text.max_position_embeddings)
         self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
-        self.engine = Engine(checkpoint, config.engine, device, dtype)
+        self.engine = Engine.from_config(checkpoint, config, device, dtype)
         self.engine.start()
 
     def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:

@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Question:
 class Verdict:
     right: bool
     thought_right: bool
-    error: float | None  # distance from the target's centre in thousandths of the screen, for taps
+    point: tuple[int, int] | None = None  # where an answer points to, for taps
+    error: float | None = None  # and how far that is from the target's centre, in thousandths of the screen
 
 
 def questions(count: int, first_seed: int = FIRST_SEED) -> Iterator[Question]:
@@ -78,15 +79,21 @@ def judge(task: Task, answer: str) -> Verdict:
     thought, _, action = answer.partition("</think><answer>")
     thought_right = thought == f"<think>{task.thought}"
     if task.target is None:
-        return Verdict(action.strip() == task.action, thought_right, None)
+        return Verdict(action.strip() == task.action, thought_right)
     found = POINTED.fullmatch(action.strip())
     if not found:
-        return Verdict(False, thought_right, None)
+        return Verdict(False, thought_right)
     x, y = int(found[2]), int(found[3])
     left, top, right, bottom = (value * 1000 for value in task.target.box)
     inside = left <= x < right and top <= y < bottom
     error = math.dist((x, y), task.target.center)
-    return Verdict(inside and found[1] == task.kind, thought_right, error)
+    return Verdict(inside and found[1] == task.kind, thought_right, (x, y), error)
+
+
+def ask(backend: Backend, asked: Sequence[Question]) -> list[tuple[Question, str, Verdict]]:
+    """Questions asked together, with their answers and what these are worth."""
+    answers = backend.ask([(question.image, _with_surroundings(question)) for question in asked])
+    return [(q, answer, judge(q.task, answer)) for q, answer in zip(asked, answers, strict=True)]
 
 
 def evaluate(backend: Backend, count: int, batch: int, show: int = 0) -> dict[str, Any]:
@@ -97,9 +104,7 @@ def evaluate(backend: Backend, count: int, batch: int, show: int = 0) -> dict[st
 
     def flush() -> None:
         nonlocal show
-        answers = backend.ask([(question.image, _with_surroundings(question)) for question in waiting])
-        for question, answer in zip(waiting, answers, strict=True):
-            verdict = judge(question.task, answer)
+        for question, answer, verdict in ask(backend, waiting):
             groups[f"action {question.task.kind}"].append(verdict)
             if question.task.target is not None:
                 groups[f"taps on {question.screen_kind}"].append(verdict)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoglm.llm.model import LanguageModel, rotary_table
+from autoglm.kernels.reference_attention import gather_angles, rotate
+from autoglm.llm.model import LanguageModel, rotary
 from autoglm.vision.vit import VisionTransformer
 from demo.records import IGNORED, NOTHING, ROLES
 
@@ -120,30 +121,32 @@ def see(visual: VisionTransformer, batch: Batch, grid: tuple[int, int], targets:
 
 
 class BranchAttention:
-    """Attention of one pass over [B, L] tokens: what is common to all questions, and one's own question before."""
+    """Attention of one pass over [B, L] tokens: what is common to all questions, and one's own question before.
 
-    def __init__(self, bias: torch.Tensor) -> None:
-        """bias [B, 1, L, L]: 0 where a token sees another, else minus infinity."""
+    The queries and keys of POINTER_LAYER are `kept`.
+    """
+
+    kept: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(self, language: LanguageModel, bias: torch.Tensor, positions: torch.Tensor) -> None:
+        """bias [B, 1, L, L]: 0 where a token sees another, else minus infinity; positions [3, B * L]."""
+        config = language.config
         self.bias = bias
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        self.angles = gather_angles(rotary(config, int(positions.max()) + 1, positions.device), positions)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         count, length = self.bias.shape[0], self.bias.shape[-1]
+        heads = qkv.sum(0).view(count * length, sum(self.heads), -1)
+        q, k, v = torch.split(heads, self.heads, dim=1)
+        q, k = rotate(q, self.angles), rotate(k, self.angles)
+        if layer == POINTER_LAYER:
+            self.kept = q.view(count, length, *q.shape[1:]), k.view(count, length, *k.shape[1:])
         query, key, value = (t.view(count, length, *t.shape[1:]).transpose(1, 2).to(self.bias.dtype) for t in (q, k, v))
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         mixed = F.scaled_dot_product_attention(query, key, value, self.bias)
-        return mixed.transpose(1, 2).flatten(0, 1)
-
-
-class PointingAttention(BranchAttention):
-    """Also keeps the queries and keys of its pass."""
-
-    kept: tuple[torch.Tensor, torch.Tensor]
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        count, length = self.bias.shape[0], self.bias.shape[-1]
-        self.kept = q.view(count, length, *q.shape[1:]), k.view(count, length, *k.shape[1:])
-        return super().__call__(layer, q, k, v)
+        return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def visible(branch: torch.Tensor) -> torch.Tensor:
@@ -162,16 +165,13 @@ def read(language: LanguageModel, visual: torch.Tensor, batch: Batch) -> tuple[t
     hidden = language.embed(batch["ids"].long())
     hidden = hidden.scatter(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]), visual.to(hidden.dtype))
     positions = batch["positions"].permute(1, 0, 2).reshape(3, -1)
-    rope = rotary_table(positions, language.config, torch.float32)
     seen = visible(batch["branch"])
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf).unsqueeze(1)
-    plain, pointing = BranchAttention(bias), PointingAttention(bias)
-    x = hidden.flatten(0, 1)
-    for index, layer in enumerate(language.layers):
-        x = layer(x, 0, rope, pointing if index == POINTER_LAYER else plain)
-    return language.norm(x).view(count, length, -1), _pointer_loss(*pointing.kept, batch, places, seen)
+    attention = BranchAttention(language, bias, positions)
+    x = language(hidden.flatten(0, 1), attention)
+    return x.view(count, length, -1), _pointer_loss(*attention.kept, batch, places, seen)
 
 
 def _pointer_loss(

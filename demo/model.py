@@ -91,7 +91,8 @@ def initialize(model: DemoModel, tok: Tokenizer, seed: int = 0) -> None:
     table[number_ids(tok)] = number_codes(table.shape[1], generator)
     model.language.embed_tokens.weight.data.copy_(table)
     # The head reads out what the embeddings write.
-    model.language.lm_head.weight.data.copy_(table / table.shape[1] ** 0.5)
+    head = model.language.get_parameter("lm_head.weight")
+    head.data.copy_(table / table.shape[1] ** 0.5)
 
 
 def number_codes(size: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,61 +1,50 @@
-"""Causal attention over the paged KV cache in plain PyTorch."""
-
-from collections.abc import Sequence as Seq
+"""Causal attention over the paged KV cache, as the model calls it."""
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
+from autoglm.checkpoint import TextConfig
+from autoglm.kernels import Kernels, Rotary
+from autoglm.llm.batch import Batch
 from autoglm.llm.kv_cache import KVCache
-from autoglm.llm.scheduler import Chunk
 
 
 class PagedAttention:
-    """Attention of one forward pass: single tokens (decoding) as one padded batch, longer chunks one by one.
+    """Attention of one forward pass: each sequence's tokens see its own earlier keys in the cache, and each other."""
 
-    The pass's tokens lie packed in the order of `chunks`, which must put all chunks of one token first.
-    """
-
-    def __init__(self, cache: KVCache, chunks: Seq[Chunk]) -> None:
+    def __init__(self, kernels: Kernels, cache: KVCache, rotary: Rotary, batch: Batch, config: TextConfig) -> None:
+        self.kernels = kernels
         self.cache = cache
-        device = cache.keys.device
-        slots = [block_slots(chunk.sequence.blocks, cache.block_size) for chunk in chunks]
-        ends = [chunk.start + chunk.length for chunk in chunks]
-        written = [s[chunk.start : end] for chunk, s, end in zip(chunks, slots, ends, strict=True)]
-        self.written = torch.cat(written).to(device)
-        self.singles = next((i for i, chunk in enumerate(chunks) if chunk.length > 1), len(chunks))
-        seen = [s[:end] for s, end in zip(slots, ends, strict=True)]
-        self.chunks = [(chunk.length, s.to(device)) for chunk, s in zip(chunks, seen, strict=True)][self.singles :]
-        if self.singles:
-            # Slot 0 pads; the mask hides it.
-            self.padded = torch.nn.utils.rnn.pad_sequence(seen[: self.singles], batch_first=True).to(device)
-            lengths = torch.tensor(ends[: self.singles], device=device)
-            places = torch.arange(self.padded.shape[1], device=device)
-            self.mask = (places < lengths[:, None])[:, None, None, :]  # [B, 1, 1, longest]
+        self.rotary = rotary
+        self.batch = batch
+        self.heads = config.num_attention_heads
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.written], values[self.written] = k, v
-        parts = []
-        if self.singles:
-            query = q[: self.singles].unsqueeze(2)  # [B, heads, 1, head_dim]
-            key, value = keys[self.padded].transpose(1, 2), values[self.padded].transpose(1, 2)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, enable_gqa=True)
-            parts.append(mixed.squeeze(2))
-        start = self.singles
-        for length, seen in self.chunks:
-            query = q[start : start + length].transpose(0, 1).unsqueeze(0)
-            key, value = (t[seen].transpose(0, 1).unsqueeze(0) for t in (keys, values))
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-            # The chunk's last query stands at the last key. torch's causal bias takes no grouped heads.
-            bias = causal_lower_right(length, seen.shape[0])
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)  # type: ignore[arg-type]
-            parts.append(mixed[0].transpose(0, 1))
-            start += length
-        return torch.cat(parts)
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv [S, T, (heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, heads * head_dim]."""
+        singles = self.batch.singles
+        if singles == 0:
+            return self._chunks(layer, qkv)
+        if singles == qkv.shape[1]:
+            return self._singles(layer, qkv)
+        return torch.cat((self._singles(layer, qkv[:, :singles]), self._chunks(layer, qkv[:, singles:])))
 
+    def _singles(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        batch, n = self.batch, self.batch.singles
+        return self.kernels.decode_attention(
+            qkv,
+            batch.positions[:, :n],
+            self.rotary,
+            self.cache.layer(layer),
+            batch.block_table[:n],
+            batch.lengths[:n],
+            self.heads,
+            self.cache.dtype,
+        )
 
-def block_slots(blocks: list[int], block_size: int) -> torch.Tensor:
-    """The slots of the tokens 0, 1, 2, ... that lie in these blocks. int64 [len(blocks) * block_size]"""
-    return (torch.tensor(blocks)[:, None] * block_size + torch.arange(block_size)).flatten()
+    def _chunks(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        batch, n, cache = self.batch, self.batch.singles, self.cache.layer(layer)
+        q, _, _ = self.kernels.store_keys(
+            qkv, batch.positions[:, n:], self.rotary, cache, batch.slots[n:], self.heads, self.cache.dtype
+        )
+        return self.kernels.prefill_attention(
+            q, cache, batch.block_table[n:], batch.starts, batch.lengths[n:], batch.longest_chunk
+        )

@@ -1,8 +1,12 @@
 """Continuous batching: one thread that takes requests in, runs forward passes and hands answers out.
 
-The thread owns everything below it (scheduler, pool, cache, model); other threads only put into its inbox.
+The thread owns everything below it (scheduler, pool, cache, model); other threads only put into its inbox. A pass is
+launched before the one ahead of it is collected, so that the device does not wait for the host; what a sequence is
+found to end with may thus be followed by one token too many, which is dropped.
 """
 
+import gc
+import json
 import logging
 import queue
 import threading
@@ -13,22 +17,31 @@ from typing import Literal
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import EngineConfig
+from autoglm.config import Config, EngineConfig, MemoryConfig
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.positions import image_runs, prompt_positions
+from autoglm.llm.prefill import largest_pass
 from autoglm.llm.prefix_keys import MediaSpan
-from autoglm.llm.runner import ModelRunner
+from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
 from autoglm.llm.sequence import FinishReason, Output, Request, Sequence
 from autoglm.llm.stop import stop_ids
+from autoglm.memory import MemoryManager
+from autoglm.quantization.loading import Loading
+from autoglm.sampling import SamplingParams
 from autoglm.tokenizer import Detokenizer, Vocabulary
 
 log = logging.getLogger(__name__)
 
+GRAPHS = 2**30  # bytes that captured passes take
+INTEGRITY_S = 60.0  # at least so long between two proofs that no block is lost
 LONGEST_WAIT = 0.05  # seconds between looks at the deadlines of waiting requests while nothing runs
+WARM_UP_PROMPTS = (1, 16, 100, 2000)  # tokens: a prompt for each choice among kernels
+
+STORED_AS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass
@@ -51,21 +64,38 @@ class Engine:
     """Serves one language model. `start` begins to work on what `submit` brings; `close` ends it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        loading: Loading | None = None,
+        memory: MemoryManager | None = None,
     ) -> None:
+        """Loads the model and takes the memory that the configuration allows.
+
+        Args:
+            dtype: of activations, and of weights that are not quantised.
+            loading: how the weights are quantised and cached; None does neither.
+            memory: of this process; None bounds it as the configuration's defaults do.
+        """
         text = checkpoint.text
         self.checkpoint = checkpoint
         self.config = config
         self.vocabulary = Vocabulary(checkpoint.path)
-        blocks = KVCache.blocks_in(config.kv_cache_mb, text, config.block_size, dtype)
+        self.memory = memory or MemoryManager(MemoryConfig(), device)
+        with self.memory.tag("weights"):
+            model = LanguageModel.load(checkpoint, device, dtype, loading)
+        cache = self._make_cache(model, dtype)
+        blocks = cache.keys.shape[1] // config.block_size
         self.max_context = min(config.max_context, text.max_position_embeddings, blocks * config.block_size)
-        cache = KVCache(text, blocks, config.block_size, device, dtype)
-        self.runner = ModelRunner(LanguageModel.load(checkpoint, device, dtype), cache)
+        self.runner = ModelRunner(model, cache, config.max_batch_size, self.max_context)
         self.scheduler = Scheduler(
             BlockPool(blocks),
             config.block_size,
             config.max_batch_size,
             config.max_tokens_per_step,
+            config.max_tokens_per_mixed_step,
             config.max_queue_size,
             config.prefix_cache,
         )
@@ -73,9 +103,54 @@ class Engine:
         self._inbox: queue.SimpleQueue[Request | tuple[str, FinishReason] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._closing = False
+        self._captures = loading is None or not loading.foreign  # bitsandbytes looks at what it computes
+        self._in_flight: Pass | None = None
+        self._proved_at = -INTEGRITY_S
+
+    @classmethod
+    def from_config(cls, checkpoint: Checkpoint, config: Config, device: torch.device, dtype: torch.dtype) -> "Engine":
+        """An engine as the whole configuration describes it. To be made before its process uses the device."""
+        memory = MemoryManager(config.memory, device)
+        return cls(checkpoint, config.engine, device, dtype, Loading.from_config(config, device), memory)
 
     def start(self) -> None:
+        """Begin to work; on a GPU after a warm-up, so that no request pays for what happens once."""
+        if self.runner.device.type == "cuda":
+            if self._captures:
+                with self.memory.tag("graphs"):
+                    self.runner.capture(self.scheduler.max_tokens_per_mixed_step)
+            with self.memory.tag("warm-up"):
+                self.warm_up()
+        log.info("memory by stage\n%s\n%s", self.memory.table(), json.dumps(self.memory.report()))
+        # What lives by now lives on: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         self._thread.start()
+
+    def warm_up(self) -> None:
+        """Answer prompts of several lengths, alone and while another is being answered.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        outputs: list[Output] = []
+        fresh = vars(self.stats).copy()
+        longest = self.max_context - 4
+        for number, length in enumerate(WARM_UP_PROMPTS):
+            for token in (2 * number, 2 * number + 1):  # not to be found in the prefix cache
+                prompt = [token] * min(length, longest)
+                self._accept(Request("warm-up", prompt, SamplingParams(max_tokens=4, ignore_eos=True), outputs.append))
+                self.step()
+            while self.busy:
+                self.step()
+        errors = [output.error for output in outputs if output.error is not None]
+        if errors:
+            raise RuntimeError(f"the engine's warm-up failed: {errors[0]}")
+        vars(self.stats).update(fresh)
+
+    @property
+    def busy(self) -> bool:
+        return self._in_flight is not None or any(True for _ in self.scheduler)
 
     def close(self) -> None:
         """End every request as cancelled, and the thread."""
@@ -115,7 +190,7 @@ class Engine:
 
     def _take_in(self) -> None:
         """Empty the inbox; wait for it when nothing else is to do."""
-        block = not self.scheduler.running
+        block = not self.scheduler.running and self._in_flight is None
         while True:
             try:
                 item = self._inbox.get(block, LONGEST_WAIT if self.scheduler.waiting else None)
@@ -183,35 +258,65 @@ class Engine:
         sequence.emit()
 
     def step(self) -> None:
-        """One forward pass over what the scheduler chooses, and what follows from it."""
+        """Launch what the scheduler chooses, then see to what the pass before has brought."""
         chunks = self.scheduler.schedule()
-        if chunks:
-            try:
-                tokens = self.runner.run(chunks)
-            except Exception as error:
-                # Whatever it was, only these sequences saw it: they end, the engine goes on.
-                log.exception("a forward pass of %d sequences failed", len(chunks))
-                fault = RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL)
-                for chunk in chunks:
-                    self.scheduler.remove(chunk.sequence)
-                    chunk.sequence.request.sink(Output(error=fault))
-            else:
-                self._advance(chunks, tokens)
-            self.stats.steps += 1
+        launched = self._launch(chunks) if chunks else None
+        if self._in_flight is not None:
+            self._collect(self._in_flight)
+        self._in_flight = launched
         self._count_blocks()
-        if not self.scheduler.running:
+        if not self.busy and time.monotonic() - self._proved_at > INTEGRITY_S:
             self.scheduler.check_integrity()
+            self._proved_at = time.monotonic()
 
-    def _advance(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int]]) -> None:
+    def _launch(self, chunks: list[Chunk]) -> Pass | None:
+        """Whatever goes wrong, only these sequences saw it: they end, the engine goes on."""
+        self.stats.steps += 1
+        try:
+            launched = self.runner.launch(chunks)
+        except torch.OutOfMemoryError as error:
+            log.warning("a forward pass of %d sequences found too little memory: %s", len(chunks), error)
+            # It is the prompts that take memory. Nothing has been sampled: the others' turn comes again.
+            self._fail(
+                [chunk for chunk in chunks if not chunk.decodes] or chunks,
+                RequestError(f"the GPU has not enough memory for this request: {error}", ErrorCode.UNAVAILABLE),
+            )
+        except Exception as error:
+            self._fail_all(chunks, error)
+        else:
+            self.scheduler.launched(chunks)
+            return launched
+        torch.cuda.empty_cache()  # only here: the exception has held the pass's tensors
+        return None
+
+    def _collect(self, launched: Pass) -> None:
         """Note what a pass has computed, and hand out the tokens that it gave."""
-        for chunk in chunks:
+        try:
+            tokens = self.runner.collect(launched)
+        except Exception as error:
+            self._fail_all(launched.chunks, error)
+            return
+        for chunk in launched.chunks:
             self.scheduler.complete(chunk)
         for sequence, token in tokens:
+            if sequence.gone:
+                continue
             sequence.append(token)
             self._count_token(sequence)
             if sequence.finish_reason is not None:
                 self.scheduler.remove(sequence)
             sequence.emit()
+
+    def _fail_all(self, chunks: list[Chunk], error: Exception) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise error  # this process can use its GPU no more
+        log.error("a forward pass of %d sequences failed", len(chunks), exc_info=error)
+        self._fail(chunks, RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL))
+
+    def _fail(self, chunks: list[Chunk], fault: RequestError) -> None:
+        for sequence in [chunk.sequence for chunk in chunks if not chunk.sequence.gone]:
+            self.scheduler.remove(sequence)
+            sequence.request.sink(Output(error=fault))
 
     def _count_token(self, sequence: Sequence) -> None:
         self.stats.generated_tokens += 1
@@ -224,3 +329,20 @@ class Engine:
         stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         stats.blocks_cached = pool.idle
         stats.blocks_held = pool.size - pool.available
+
+    def _make_cache(self, model: LanguageModel, dtype: torch.dtype) -> KVCache:
+        """As large and in such numbers as configured."""
+        config, text = self.config, self.checkpoint.text
+        stored_as = STORED_AS.get(config.kv_cache_dtype, dtype)
+        seats = (config.max_batch_size + 1) * text.vocab_size * 4
+        size = self.memory.kv_cache_bytes(
+            config.kv_cache_mb,
+            lambda: largest_pass(model, config.max_tokens_per_step, config.max_batch_size),
+            reserve=seats + GRAPHS,
+        )
+        blocks = size // (KVCache.bytes_per_token(text, stored_as) * config.block_size)
+        with self.memory.tag("KV cache"):
+            cache = KVCache(text, blocks, config.block_size, model.rotary.table.device, dtype, stored_as)
+        if model.kv_scales is not None and stored_as == torch.float8_e4m3fn:
+            cache.set_scales(*model.kv_scales)
+        return cache

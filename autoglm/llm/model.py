@@ -1,51 +1,45 @@
 """The language model of GLM-4.1V: sandwich norms and a partial, interleaved, three-axis rotary embedding.
 
-A forward pass takes any mix of tokens of any sequences, packed; which keys a token sees is the business of the
-`Attention` that is handed in. Module names follow the checkpoint's (`model.language_model.*`), but for q, k and v,
-which are one product here.
+A forward pass takes any mix of tokens of any sequences, packed; where they stand, and which keys they see, is the
+business of the `Attention` that is handed in. What is computed where is the business of `Kernels`. Module names follow
+the checkpoint's (`model.language_model.*`), but for q, k and v, which are one product here.
 """
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, TypeAlias, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from autoglm.checkpoint import Checkpoint, TextConfig
+from autoglm.kernels import Activation, Kernels, Rotary, Weight, choose, reference
 from autoglm.layers import RMSNorm
-from autoglm.weights import load_parameters, read_weights
+from autoglm.quantization.linear import Int8Linear
+from autoglm.quantization.loading import Loading, load
+
+Linear: TypeAlias = nn.Linear | Int8Linear
 
 
 class Attention(Protocol):
     """Causal attention over whatever the tokens of this pass may see; it also keeps their keys and values."""
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], all rotated -> [T, heads, head_dim]."""
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv [S, T, (heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, heads * head_dim]."""
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.config = config
-        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor, layer: int, rope: torch.Tensor, attention: Attention) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).view(x.shape[0], -1, self.config.head_dim).split(self.heads, dim=1)
-        mixed = attention(layer, rotate(q, rope), rotate(k, rope), v)
-        return self.o_proj(mixed.flatten(1))  # type: ignore[no-any-return]
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.qkv_proj: Linear = nn.Linear(config.hidden_size, heads * config.head_dim)
+        self.o_proj: Linear = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
 
 class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(up * F.silu(gate))  # type: ignore[no-any-return]
+        self.gate_up_proj: Linear = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj: Linear = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
 
 class Layer(nn.Module):
@@ -60,81 +54,91 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, layer: int, rope: torch.Tensor, attention: Attention) -> torch.Tensor:
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.input_layernorm(x), layer, rope, attention))
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
-
 
 class LanguageModel(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    rotary: Rotary  # of a loaded model
+    kv_scales: torch.Tensor | None = None  # fp32 [2, layers, kv_heads], of keys and of values, where they were measured
+
+    def __init__(self, config: TextConfig, kernels: Kernels = reference) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "LanguageModel":
-        """The checkpoint's language model, its weights cast to `dtype` on `device`."""
-        config = checkpoint.text
+    def load(
+        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, loading: Loading | None = None
+    ) -> "LanguageModel":
+        """The checkpoint's language model on `device`.
+
+        Args:
+            dtype: of what is not quantised, and of activations.
+            loading: how its weights are quantised, cached and placed; None leaves them in `dtype`.
+        """
         with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        prefixes = {"model.language_model.": ""}
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
-        else:
-            prefixes["lm_head."] = "lm_head."
-        query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-        fused = {
-            "q_proj": ("qkv_proj", slice(0, query)),
-            "k_proj": ("qkv_proj", slice(query, query + key)),
-            "v_proj": ("qkv_proj", slice(query + key, query + 2 * key)),
-        }
-        load_parameters(model, read_weights(checkpoint, tuple(prefixes), device), prefixes, fused)
+            model = cls(checkpoint.text, choose(device))
+        model = model.to(dtype).requires_grad_(False).eval()
+        model.kv_scales = load(model, checkpoint, device, loading or Loading())
+        model.rotary = rotary(checkpoint.text, checkpoint.text.max_position_embeddings, device)
         return model
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]."""
-        return self.embed_tokens(token_ids)  # type: ignore[no-any-return]
+        return self.kernels.embed(token_ids, self.embed_tokens.weight)
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Run the layers over packed tokens.
 
         Args:
-            hidden: [T, hidden_size], embeddings of text and media.
-            positions: int [3, T], see `prompt_positions`.
+            hidden: [T, hidden_size], embeddings of text and media; may be changed in place.
 
         Returns:
             [T, hidden_size] after the final norm.
         """
-        rope = rotary_table(positions, self.config, hidden.dtype)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, index, rope, attention)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        kernels, eps = self.kernels, self.config.rms_norm_eps
+        rows = hidden.shape[0]
+        residual = hidden
+        branch, branch_norm = None, None
+        for index, layer in enumerate(cast(Iterable[Layer], self.layers)):
+            qkv, o = layer.self_attn.qkv_proj, layer.self_attn.o_proj
+            gate_up, down = layer.mlp.gate_up_proj.weight, layer.mlp.down_proj.weight
+            x, residual = kernels.add_norm(
+                branch, residual, branch_norm, layer.input_layernorm.weight, eps, kernels.quantizes(qkv.weight, rows)
+            )
+            mixed = attention(index, kernels.linear(x, qkv.weight, qkv.bias))
+            branch = kernels.linear(self._ready(mixed, o.weight), o.weight)
+            x, residual = kernels.add_norm(
+                branch,
+                residual,
+                layer.post_self_attn_layernorm.weight,
+                layer.post_attention_layernorm.weight,
+                eps,
+                kernels.quantizes(gate_up, rows),
+            )
+            branch = kernels.linear(self._ready(kernels.gate_up(x, gate_up), down), down)
+            branch_norm = layer.post_mlp_layernorm.weight
+        x, _ = kernels.add_norm(branch, residual, branch_norm, self.norm.weight, eps, False)
+        return x.values
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] after the final norm -> [..., vocab_size]."""
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        """[B, hidden_size] after the final norm -> fp32 [B, vocab_size]."""
+        weight = self.lm_head.weight
+        logits = self.kernels.linear(self._ready(hidden, weight), weight)
+        return logits.squeeze(0).float() if logits.shape[0] == 1 else logits.sum(0)
+
+    def _ready(self, x: torch.Tensor, weight: Weight) -> Activation:
+        """Rows in the form in which they meet this weight."""
+        return self.kernels.quantize(x) if self.kernels.quantizes(weight, x.shape[0]) else Activation(x)
 
 
-def rotary_table(positions: torch.Tensor, config: TextConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Cosines and sines, [2, T, 1, rotary_dim / 2]: frequencies in three contiguous runs, one for each axis."""
-    half = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
+def rotary(config: TextConfig, positions: int, device: torch.device) -> Rotary:
+    """The table of cosines and sines for positions 0 to `positions` - 1."""
+    half = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32)
     frequencies = 1.0 / (config.rope_theta ** (half / config.rotary_dim))
-    angles = positions.float().unsqueeze(-1) * frequencies  # [3, T, rotary_dim / 2]
-    runs = torch.split(angles, list(config.mrope_section), dim=-1)
-    angles = torch.cat([run[axis] for axis, run in enumerate(runs)], dim=-1)
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2).to(dtype)
-
-
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring pairs (GPT-J order) of the first rotary_dim dimensions. x [T, heads, head_dim]."""
-    cos, sin = rope
-    size = 2 * cos.shape[-1]
-    even, odd = x[..., 0:size:2], x[..., 1:size:2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, x[..., size:]), dim=-1)
+    angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * frequencies
+    return Rotary(torch.stack((angles.cos(), angles.sin())).to(device), config.mrope_section)

@@ -1,8 +1,9 @@
 """Which tokens of which sequences go into the next forward pass.
 
-Decoding sequences come first, one token each; what is left of the token budget goes to prompts, the oldest first, cut
-into chunks. A waiting sequence is admitted only when the pool holds its worst case (prompt and longest answer), so a
-running one never lacks a block. A more urgent one may push out less urgent ones, which are computed again later.
+Decoding sequences come first, one token each; prompts follow, the oldest first, cut into chunks that fit into a budget
+of tokens: a small one while others decode, so that these do not wait long. A waiting sequence is admitted only when
+the pool holds its worst case (prompt and longest answer), so a running one never lacks a block. A more urgent one may
+push out less urgent ones, which are computed again later.
 """
 
 import time
@@ -13,18 +14,23 @@ from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.sequence import Sequence
 
+MIXED_PROMPTS = 4  # in one pass with decoding sequences: such passes have room for no more (see `graphs`)
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + length) of a sequence; `samples` if the pass yields its next token."""
+    """Tokens [start, start + length) of a sequence."""
 
     sequence: Sequence
     start: int
     length: int
+    samples: bool  # the pass yields the sequence's next token
+    enters: bool  # the first chunk since the sequence got its seat
+    decodes: bool  # one token, which an earlier pass has left in the seat
 
     @property
-    def samples(self) -> bool:
-        return self.start + self.length == len(self.sequence.tokens)
+    def end(self) -> int:
+        return self.start + self.length
 
 
 class Scheduler:
@@ -34,6 +40,7 @@ class Scheduler:
         block_size: int,
         max_batch_size: int,
         max_tokens_per_step: int,
+        max_tokens_per_mixed_step: int,
         max_queue_size: int,
         prefix_cache: bool = True,
     ) -> None:
@@ -41,10 +48,12 @@ class Scheduler:
         self.block_size = block_size
         self.max_batch_size = max_batch_size
         self.max_tokens_per_step = max_tokens_per_step
+        self.max_tokens_per_mixed_step = min(max_tokens_per_step, max_tokens_per_mixed_step)
         self.max_queue_size = max_queue_size
         self.prefix_cache = prefix_cache
         self.waiting: list[Sequence] = []  # sorted by urgency, then arrival
         self.running: list[Sequence] = []  # in order of admission
+        self._seats = list(range(max_batch_size - 1, -1, -1))  # those that are free
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -70,29 +79,44 @@ class Scheduler:
         self._enqueue(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Choose the next pass and give its sequences the blocks that they write to. Empty when nothing is to do."""
+        """Choose the next pass and give its sequences the blocks that they write to. Empty when nothing is to do.
+
+        Chunks of decoding sequences come first.
+        """
         self._preempt_less_urgent()
-        budget = self.max_tokens_per_step
-        chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if budget:
-                budget -= self._extend(sequence, budget, chunks)
-        while budget and self.waiting and self._has_seat() and self._lacks(self.waiting[0]) <= 0:
-            self._admit(self.waiting.pop(0))
-            budget -= self._extend(self.running[-1], budget, chunks)
+        chunks = [self._extend(s, 1) for s in self.running if s.decodes and s.remaining]
+        budget = self.max_tokens_per_mixed_step if chunks else self.max_tokens_per_step
+        prompts = [s for s in self.running if not s.decodes]
+        most = len(chunks) + MIXED_PROMPTS if chunks else self.max_batch_size
+        while budget and len(chunks) < most and (prompts or self._admit_next()):
+            sequence = prompts.pop(0) if prompts else self.running[-1]
+            chunks.append(self._extend(sequence, budget))
+            budget -= chunks[-1].length
         return chunks
+
+    def launched(self, chunks: list[Chunk]) -> None:
+        """Note that a pass computes these chunks."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            sequence.entered, sequence.decodes = True, chunk.samples
+            sequence.pending += chunk.samples
+            sequence.in_flight += 1
 
     def complete(self, chunk: Chunk) -> None:
         """Note that the chunk's keys and values are written, and name the blocks that are full now."""
         sequence = chunk.sequence
-        sequence.computed = chunk.start + chunk.length
-        if self.prefix_cache:
-            for index in range(sequence.published, sequence.computed // self.block_size):
-                self.pool.publish(sequence.blocks[index], sequence.key(index, self.block_size))
-                sequence.published = index + 1
+        sequence.in_flight -= 1
+        sequence.pending -= chunk.samples
+        if sequence.seat is None or not self.prefix_cache:  # it was pushed out, and has given its blocks back
+            return
+        for index in range(sequence.published, chunk.end // self.block_size):
+            self.pool.publish(sequence.blocks[index], sequence.key(index, self.block_size))
+            sequence.published = index + 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and give back its blocks."""
+        """Forget a sequence, wherever it is, and give back its blocks and its seat."""
+        sequence.gone = True
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -106,20 +130,20 @@ class Scheduler:
             raise RuntimeError("a waiting sequence holds blocks")
         if any(len(s.blocks) * self.block_size < s.computed for s in self.running):
             raise RuntimeError("a running sequence has computed more tokens than its blocks hold")
+        taken = [-1 if sequence.seat is None else sequence.seat for sequence in self.running]
+        if sorted([*self._seats, *taken]) != list(range(self.max_batch_size)):
+            raise RuntimeError("the seats are not exactly those that are free and those of running sequences")
 
     def _enqueue(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: (s.request.sampling.priority, s.request.arrival))
 
-    def _extend(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    def _extend(self, sequence: Sequence, budget: int) -> Chunk:
+        start = sequence.computed
         length = min(sequence.remaining, budget)
-        end = sequence.computed + length
+        end = start + length
         sequence.blocks += self.pool.allocate(self._blocks(end) - len(sequence.blocks))
-        chunks.append(Chunk(sequence, sequence.computed, length))
-        return length
-
-    def _has_seat(self) -> bool:
-        return len(self.running) < self.max_batch_size
+        return Chunk(sequence, start, length, end == sequence.length, not sequence.entered, sequence.decodes)
 
     def _lacks(self, sequence: Sequence) -> int:
         """Blocks that are missing before a waiting sequence can be admitted; at most 0 when it can."""
@@ -127,8 +151,12 @@ class Scheduler:
         needed = self._worst_case(sequence) - len(cached) + self.pool.count_idle(cached)
         return needed - self.pool.available + sum(map(self._outstanding, self.running))
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Let a sequence run, on top of the blocks that are computed already."""
+    def _admit_next(self) -> bool:
+        """Let the first waiting sequence run, on top of the blocks that are computed already, if there is room."""
+        if not self.waiting or not self._seats or self.waiting[0].in_flight or self._lacks(self.waiting[0]) > 0:
+            return False
+        sequence = self.waiting.pop(0)
+        sequence.seat = self._seats.pop()
         sequence.blocks = self._cached_blocks(sequence)
         self.pool.take(sequence.blocks)
         sequence.published = len(sequence.blocks)
@@ -137,10 +165,11 @@ class Scheduler:
             sequence.scheduled_at = time.monotonic()
             sequence.cached_tokens = sequence.computed
         self.running.append(sequence)
+        return True
 
     def _preempt_less_urgent(self) -> None:
         """Where the first waiting sequence finds no room, push out less urgent ones, if that makes enough."""
-        if not self.waiting:
+        if not self.waiting or self.waiting[0].in_flight:
             return
         priority = self.waiting[0].request.sampling.priority
         victims = [s for s in reversed(self.running) if s.request.sampling.priority > priority]
@@ -162,8 +191,12 @@ class Scheduler:
         self._enqueue(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        # A pass in flight may still write to the blocks: whatever is launched later comes after it.
         self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        if sequence.seat is not None:
+            self._seats.append(sequence.seat)
+        sequence.blocks, sequence.seat = [], None
+        sequence.entered = sequence.decodes = False
         sequence.computed = sequence.published = 0
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -74,7 +74,11 @@ class Request:
 
 
 class Sequence:
-    """A request's state: its tokens, how many of them have keys and values, and the blocks that hold these."""
+    """A request's state: its tokens, how many of them have keys and values, and the blocks that hold these.
+
+    Passes run ahead of what is known: `computed` counts what the passes launched so far compute, and `pending` the
+    tokens that they sample and that have not come back. At most one is pending when a pass is chosen.
+    """
 
     def __init__(
         self,
@@ -98,8 +102,14 @@ class Sequence:
         self.keys: list[bytes] = []
         self.published = 0
         self.cached_tokens = 0
-        self.generated: Counter[int] = Counter()
-        self.generator: torch.Generator | None = None
+        self.seat: int | None = None  # while running
+        self.entered = False  # a pass has been launched since it got its seat
+        self.decodes = False  # its next token is in its seat
+        self.pending = 0
+        self.in_flight = 0  # launched passes that have not come back
+        self.gone = False  # whatever a pass brings is dropped
+        seed = request.sampling.seed
+        self.seed = secrets.randbits(63) if seed is None else seed
         self.finish_reason: FinishReason | None = None
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
@@ -111,13 +121,14 @@ class Sequence:
         self._piece = Output()
 
     @property
-    def remaining(self) -> int:
-        """Tokens whose keys and values are not computed yet; 1 while decoding."""
-        return len(self.tokens) - self.computed
+    def length(self) -> int:
+        """Tokens, pending ones included."""
+        return len(self.tokens) + self.pending
 
     @property
-    def is_decoding(self) -> bool:
-        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+    def remaining(self) -> int:
+        """Tokens that a pass is still to compute; the last one of the longest answer never needs to be."""
+        return 0 if self.length == self.max_length else self.length - self.computed
 
     def key(self, index: int, block_size: int) -> bytes:
         """The name of the content of block `index`, whose tokens are all known."""
@@ -132,7 +143,6 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.tokens.append(token_id)
-        self.generated[token_id] += 1
         self._piece.token_ids.append(token_id)
         if token_id in self._stop_ids:
             self.finish_reason = "stop"

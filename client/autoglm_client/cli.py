@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from autoglm_client.result import Result
 from autoglm_client.thought import ThoughtFilter
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+# Subcommands of other distributions: functions that take the parser's subcommands, and add one with a default `run`.
+PLUG_INS = "autoglm.commands"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 an action came, 1 the server failed or gave none, 2 wrong usage."""
     options = _options(argv)
+    if hasattr(options, "run"):
+        code: int = options.run(options)
+        return code
     try:
         images = [image_bytes(Path(name)) for name in options.image]
         system = options.system.read_text("utf-8") if options.system else None
@@ -59,12 +65,26 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     output = ask.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object instead")
     output.add_argument("--quiet", action="store_true", help="print the action only")
+    _add_plug_ins(commands)
     options = parser.parse_args(argv)
+    if hasattr(options, "run"):
+        return options
     if options.draw and not options.image:
         ask.error("--draw needs an --image to draw on")
     if options.timeout <= 0:
         ask.error("--timeout must be positive")
     return options
+
+
+def _add_plug_ins(commands: Any) -> None:
+    found = entry_points(group=PLUG_INS)
+    for plug_in in found:
+        plug_in.load()(commands)
+    if "cache" not in found.names:
+        cache = commands.add_parser("cache", help="needs the server's own package on this machine")
+        cache.add_argument("arguments", nargs=argparse.REMAINDER)
+        missing = "cache: the package autoglm-triton is not installed beside this client"
+        cache.set_defaults(run=lambda _: _complain(missing, USAGE))
 
 
 def _check_drawing(images: list[bytes], target: Path) -> None:

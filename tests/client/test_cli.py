@@ -6,9 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import pytest
+from autoglm_client import cli
 from autoglm_client.cli import main
 from PIL import Image
 
@@ -120,6 +123,28 @@ def test_wrong_files(tmp_path: Path, screen: Path, capsys: Output) -> None:
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_without_the_library_a_command_of_its_says_so(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda group: EntryPoints())
+    assert main(["cache", "clear", "--force"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "autoglm: cache: the package autoglm-triton is not installed beside this client\n",
+    )
+
+
+def test_plug_ins_add_commands(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = EntryPoint("greet", f"{__name__}:register", "autoglm.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: EntryPoints([here]))
+    assert main(["greet", "you"]) == 7
+    assert capsys.readouterr().out == "hello you\n"
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser("greet")
+    parser.add_argument("name")
+    parser.set_defaults(run=lambda options: print(f"hello {options.name}") or 7)
 
 
 def test_no_server(capsys: Output) -> None:

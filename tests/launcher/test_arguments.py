@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from autoglm.config import load_config
 from autoglm_launcher import arguments, gpus
 from autoglm_launcher.arguments import ROOT, Options
 from autoglm_launcher.errors import LauncherError
@@ -79,6 +80,16 @@ def test_relative_paths_start_where_the_caller_was(monkeypatch: pytest.MonkeyPat
     assert options.checkpoint == Path("/home/somebody/models/9b")
     assert options.config == Path("/etc/autoglm.yaml")
     assert options.log == Path("/home/somebody/server.log")
+
+
+def test_options_that_set_single_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOGLM_OVERRIDES", "engine: {max_batch_size: 2}")
+    assert load_config(overrides=arguments.parse([]).overrides).engine.max_batch_size == 2
+    config = load_config(overrides=arguments.parse(["--use-int8", "--kv-cache-dtype", "fp8"]).overrides)
+    assert (config.quantization.enabled, config.engine.kv_cache_dtype) == (True, "float8")
+    assert load_config(overrides=arguments.parse(["--no-int8"]).overrides).quantization.enabled is False
+    with pytest.raises(SystemExit):
+        arguments.parse(["--use-int8", "--no-int8"])
 
 
 def test_ports_must_differ(checkpoint: Path) -> None:

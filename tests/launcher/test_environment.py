@@ -109,6 +109,13 @@ def test_missing_packages_have_debian_names(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment.missing_packages() == ["python3.12-venv", "libpython3.12"]
 
 
+def test_gpus_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "list_gpus", lambda: ["a GPU"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    assert environment.missing_packages() == ["gcc", f"libpython3.{sys.version_info.minor}-dev"]
+
+
 def test_a_python_outside_the_system_is_not_helped_by_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "base_prefix", "/opt/python")
     monkeypatch.setattr(environment, "libpython_directory", _no_libpython)

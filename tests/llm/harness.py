@@ -41,9 +41,11 @@ class Answer:
 class Harness:
     """An engine without its thread."""
 
-    def __init__(self, checkpoint: Checkpoint, **changes: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU, **changes: Any) -> None:
         self.checkpoint = checkpoint
-        self.engine = Engine(checkpoint, replace(SMALL, **changes), CPU, torch.float32)
+        self.engine = Engine(checkpoint, replace(SMALL, **changes), device, torch.float32)
+        for memory in (self.engine.runner.cache.keys, self.engine.runner.cache.values):
+            memory.fill_(torch.nan)
         self.vit = VisionTransformer.load(checkpoint, CPU, torch.float32)
         self.answers: dict[str, Answer] = {}
 
@@ -66,14 +68,21 @@ class Harness:
         for request in requests:
             self.engine._accept(request)
 
+    def step(self) -> None:
+        """A step of the engine, after which the pool is checked, and what nobody should read any more is spoilt."""
+        self.engine.step()
+        self.engine.scheduler.check_integrity()
+        seats, free = self.engine.runner.seats, self.engine.scheduler._seats
+        for memory in (seats.tokens, seats.tables, seats.marks, seats.records):
+            memory[free] = 2**31 - 1
+
     def run(self, *requests: Request, steps: int = 10_000) -> None:
-        """Submit, then step until nothing is left, checking the pool after every step."""
+        """Submit, then step until nothing is left."""
         self.submit(*requests)
         for _ in range(steps):
-            if not list(self.engine.scheduler):
+            if not self.engine.busy:
                 break
-            self.engine.step()
-            self.engine.scheduler.check_integrity()
+            self.step()
 
     def all_blocks_back(self) -> bool:
         self.engine.scheduler.check_integrity()

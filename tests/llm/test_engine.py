@@ -3,13 +3,14 @@
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode
-from autoglm.llm.scheduler import Chunk
+from autoglm.llm.batch import Batch
 from autoglm.llm.sequence import Output, Request
 from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
@@ -38,7 +39,8 @@ def mixed_requests(harness: Harness) -> list[Request]:
     return [
         harness.random_request(
             f"r{i}", i, GRIDS[kinds[i % 4]], max_tokens=4 + i % 13, frequency_penalty=0.2 * (i % 2),
-            temperature=0.9 * (i % 3 == 0), seed=i, top_p=0.95, repetition_penalty=1.1 if i % 5 == 0 else 1.0,
+            temperature=0.9 * (i % 3 == 0), seed=i, top_p=(0.95, 1.0)[i % 2], top_k=(0, 20)[i % 9 == 0],
+            repetition_penalty=1.1 if i % 5 == 0 else 1.0,
         )
         for i in range(32)
     ]  # fmt: skip
@@ -70,14 +72,13 @@ def test_random_order_with_cancellations(plain: Pair, one_by_one: dict[str, list
     cancelled = set()
     for request in requests:
         harness.submit(request)
-        harness.engine.step()
+        harness.step()
         if chance.random() < 0.3:
             victims = [s for s in harness.engine.scheduler if s.request.request_id not in cancelled]
             if victims:
                 victim = chance.choice(victims)
                 harness.engine._finish(victim, "cancelled")
                 cancelled.add(victim.request.request_id)
-        harness.engine.scheduler.check_integrity()
     harness.run()
     for name, answer in harness.answers.items():
         reason = answer.last.finish_reason
@@ -88,14 +89,15 @@ def test_random_order_with_cancellations(plain: Pair, one_by_one: dict[str, list
     assert harness.all_blocks_back()
 
 
+@pytest.mark.parametrize("options", [{"frequency_penalty": 0.2}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])
-def test_chunked_prefill(plain: Pair, budget: int) -> None:
+def test_chunked_prefill(plain: Pair, budget: int, options: dict[str, float]) -> None:
     grids = [(1, 10, 8), (1, 4, 6)]
     prompt = random_prompt(plain.checkpoint, grids, 3, before=90)
     results = []
     for tokens in (2048, budget):
         harness = Harness(plain.checkpoint, max_tokens_per_step=tokens)
-        harness.run(harness.request("a", prompt, grids, 9, max_tokens=12))
+        harness.run(harness.request("a", prompt, grids, 9, max_tokens=12, **options))
         results.append(harness.answers["a"].token_ids)
         assert harness.engine.stats.steps >= len(prompt) // tokens
     assert results[0] == results[1]
@@ -157,16 +159,37 @@ def test_preemption_recomputes_the_same_tokens(plain: Pair, one_by_one: dict[str
     requests = mixed_requests(harness)
     low = [r for r in requests if r.request_id in ("r9", "r10", "r11", "r12")]
     harness.submit(*low)
-    for _ in range(3):
-        harness.engine.step()
-    urgent = harness.random_request("urgent", 50, priority=1, max_tokens=3)
-    harness.submit(urgent)
-    harness.engine.step()
-    assert "urgent" in [s.request.request_id for s in harness.engine.scheduler.running]
-    assert len(harness.engine.scheduler.waiting) == 1
+    scheduler = harness.engine.scheduler
+    while len(scheduler.running) < 4 or not scheduler.running[-1].pending:
+        harness.step()
+    pushed_out = scheduler.running[-1]
+    assert pushed_out.pending == 1
+    known = len(pushed_out.tokens)
+    harness.submit(harness.random_request("urgent", 50, priority=1, max_tokens=3))
+    harness.step()
+    assert "urgent" in [s.request.request_id for s in scheduler.running]
+    # What it had in flight has come and counts.
+    assert scheduler.waiting == [pushed_out] and (len(pushed_out.tokens), pushed_out.pending) == (known + 1, 0)
     harness.run()
     for request in low:
         assert harness.answers[request.request_id].token_ids == one_by_one[request.request_id]
+    assert harness.all_blocks_back()
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_nobody_comes_back_before_what_was_in_flight(
+    plain: Pair, one_by_one: dict[str, list[int]], prefix_cache: bool
+) -> None:
+    """Pushed out at any time, with room to come back at once."""
+    harness, chance = Harness(plain.checkpoint, max_tokens_per_step=100, prefix_cache=prefix_cache), random.Random(2)
+    harness.submit(*mixed_requests(harness))
+    scheduler = harness.engine.scheduler
+    for _ in range(80):
+        for sequence in [s for s in scheduler.running if chance.random() < 0.15]:
+            scheduler._preempt(sequence)
+        harness.step()
+    harness.run()
+    assert {name: answer.token_ids for name, answer in harness.answers.items()} == one_by_one
     assert harness.all_blocks_back()
 
 
@@ -174,8 +197,8 @@ def test_urgent_requests_come_first(plain: Pair) -> None:
     harness = Harness(plain.checkpoint, max_batch_size=1)
     harness.submit(*(harness.random_request(f"p{p}", p, priority=p, max_tokens=2) for p in (9, 3, 7, 1)))
     order = []
-    while list(harness.engine.scheduler):
-        harness.engine.step()
+    while harness.engine.busy:
+        harness.step()
         order += [n for n, a in harness.answers.items() if a.pieces and a.pieces[-1].is_last and n not in order]
     assert order == ["p1", "p3", "p7", "p9"]
 
@@ -223,49 +246,86 @@ def test_answer_ends_at_the_context(plain: Pair) -> None:
 def test_deadline_of_running_and_waiting(plain: Pair) -> None:
     harness = Harness(plain.checkpoint, max_batch_size=1)
     harness.submit(*(harness.random_request(n, 1, max_tokens=1000, timeout=30_000) for n in ("running", "waiting")))
-    harness.engine.step()
+    harness.step()
     time.sleep(0.04)
     harness.engine._expire()
     assert [harness.answers[n].last.finish_reason for n in ("running", "waiting")] == ["timeout", "timeout"]
     assert harness.all_blocks_back()
 
 
-def test_a_failing_pass_ends_its_requests_only(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["launch", "collect"])
+def test_a_failing_pass_ends_its_requests_only(plain: Pair, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     harness = Harness(plain.checkpoint)
 
     def fail(*_: object) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no such kernel")
 
     with monkeypatch.context() as patch:
-        patch.setattr(harness.engine.runner, "run", fail)
+        patch.setattr(harness.engine.runner, method, fail)
         harness.run(harness.random_request("a", 1))
     error = harness.answers["a"].last.error
-    assert error is not None and error.code == ErrorCode.INTERNAL and "out of memory" in str(error)
+    assert error is not None and error.code == ErrorCode.INTERNAL and "no such kernel" in str(error)
     harness.run(harness.random_request("b", 1))
     assert harness.answers["b"].last.finish_reason == "length"
     assert harness.all_blocks_back()
 
 
-def test_a_fault_of_the_engine_hangs_nobody(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_ends_the_prompts_of_its_pass_only(
+    plain: Pair, one_by_one: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(plain.checkpoint, max_tokens_per_step=1000, max_tokens_per_mixed_step=1000)
+    few = mixed_requests(harness)[8:11]
+    harness.submit(*few)
+    forward = harness.engine.runner._forward
+
+    def fail_with_many(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        result = forward(hidden, batch)
+        if len(hidden) > 300:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return result
+
+    monkeypatch.setattr(harness.engine.runner, "_forward", fail_with_many)
+    harness.step()
+    harness.step()
+    harness.run(*(harness.request(f"big{i}", random_text(200, i)) for i in range(2)))
+    for i in range(2):
+        error = harness.answers[f"big{i}"].last.error
+        assert error is not None and error.code == ErrorCode.UNAVAILABLE
+        assert str(error).startswith("the GPU has not enough memory for this request")
+    for request in few:
+        assert harness.answers[request.request_id].token_ids == one_by_one[request.request_id]
+    harness.run(harness.request("next", random_text(200, 0)))
+    assert harness.answers["next"].last.finish_reason == "length"
+    assert harness.all_blocks_back()
+
+
+@pytest.mark.parametrize(
+    "part, method, error",
+    [("scheduler", "schedule", RuntimeError("block 3 is lost")), ("runner", "collect", torch.AcceleratorError("lost"))],
+)
+def test_a_fault_of_the_engine_hangs_nobody(
+    plain: Pair, monkeypatch: pytest.MonkeyPatch, part: str, method: str, error: Exception
+) -> None:
     """Whoever runs, waits or comes later is told; and the engine can still be closed."""
     harness = Harness(plain.checkpoint, max_batch_size=1)
     engine = harness.engine
     for name in ("running", "waiting"):
         engine.submit(harness.random_request(name, 1, max_tokens=1900))
-    step, calls = engine.scheduler.schedule, iter(range(10**6))
+    owner = getattr(engine, part)
+    usual, calls = getattr(owner, method), iter(range(10**6))
 
-    def fail_later() -> list[Chunk]:
+    def fail_later(*arguments: Any) -> Any:
         if next(calls) == 5:
-            raise RuntimeError("block 3 counts 2 holders")
-        return step()
+            raise error
+        return usual(*arguments)
 
-    monkeypatch.setattr(engine.scheduler, "schedule", fail_later)
+    monkeypatch.setattr(owner, method, fail_later)
     engine.start()
     wait_for(lambda: ended(harness.answers["running"].pieces) and ended(harness.answers["waiting"].pieces))
     engine.submit(harness.random_request("later", 1))
     wait_for(lambda: ended(harness.answers["later"].pieces))
     for answer in harness.answers.values():
-        assert answer.last.error is not None and "block 3 counts" in answer.last.error.message
+        assert answer.last.error is not None and "lost" in answer.last.error.message
     engine.close()
 
 
@@ -307,6 +367,7 @@ def test_answer_tag_never_shows(tmp_path_factory: pytest.TempPathFactory, ends_a
     tag = harness.engine.vocabulary.tokenizer.token_to_id("</answer>")
     assert tag is not None
     weight = harness.engine.runner.model.lm_head.weight
+    assert isinstance(weight, torch.Tensor)
     weight[tag] = 0  # logits of 0 for the tag, everything else below
     weight[:tag] = weight[tag + 1 :] = -harness.engine.runner.model.norm.weight
     request = harness.random_request("a", 1, ignore_eos=False, max_tokens=5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from autoglm.kernels.reference_attention import gather_angles, rotate
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.positions import prompt_positions
 from autoglm.vision.vit import VisionTransformer
@@ -13,10 +14,19 @@ from tests.prompts import GRIDS, random_pixels, random_prompt
 CPU = torch.device("cpu")
 
 
-def dense_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+class DenseAttention:
     """One sequence that sees itself, nothing kept."""
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+    def __init__(self, model: LanguageModel, positions: torch.Tensor) -> None:
+        self.angles = gather_angles(model.rotary, positions)
+        self.heads = model.config.num_attention_heads, *[model.config.num_key_value_heads] * 2
+        self.size = model.config.head_dim
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.sum(0).view(-1, sum(self.heads), self.size).split(self.heads, dim=1)  # type: ignore[no-untyped-call]
+        q, k = (rotate(x.float(), self.angles).to(x.dtype) for x in (q, k))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize("images", ["one", "two", "three"])
@@ -47,7 +57,7 @@ def test_positions_and_logits(pair: Pair, images: str) -> None:
     hidden = model.embed(token_ids[0])
     if patches is not None:
         hidden[media[0].bool()] = VisionTransformer.load(checkpoint, CPU, torch.float32)(patches, grids)
-    logits = model.logits(model(hidden, positions, dense_attention))
+    logits = model.logits(model(hidden, DenseAttention(model, positions)))
     assert (logits - expected).abs().max() < 1e-4
 
 
@@ -57,7 +67,7 @@ def test_bf16_argmax(pair: Pair) -> None:
     exact = pair.reference(input_ids=ids).logits[0]
     positions, _ = prompt_positions(ids[0].tolist(), [], pair.checkpoint.image_token_id, 2)
     model = LanguageModel.load(pair.checkpoint, CPU, torch.bfloat16)
-    rounded = model.logits(model(model.embed(ids[0]), positions, dense_attention)).float()
+    rounded = model.logits(model(model.embed(ids[0]), DenseAttention(model, positions))).float()
     noise = (rounded - exact).abs().amax(-1)
     top = exact.topk(2, dim=-1).values
     clear = top[:, 0] - top[:, 1] > 2 * noise

@@ -31,7 +31,7 @@ class TritonPythonModel:
         config = load_config()
         device, dtype = choose_device(config.model)
         self.checkpoint = Checkpoint.open(checkpoint_directory())
-        self.engine = Engine(self.checkpoint, config.engine, device, dtype)
+        self.engine = Engine.from_config(self.checkpoint, config, device, dtype)
         self.responder = Responder(pb_utils)
         self.publisher = Publisher(pb_utils, self.engine.stats)
         # Callers choose their ids, and may choose one twice: the engine knows requests by numbers of our own.

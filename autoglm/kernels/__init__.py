@@ -1,0 +1,215 @@
+"""The operations of the language model: kernels in the Triton language on a GPU, plain PyTorch elsewhere.
+
+`reference` holds the twin of every kernel, with the same signature; tests compare the two. Which of them computes is
+chosen here, once, by `choose`.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, TypeAlias, cast
+
+import torch
+
+from autoglm.quantization.int8 import Int8Weight
+from autoglm.quantization.linear import ForeignLinear
+
+Weight: TypeAlias = torch.Tensor | Int8Weight | ForeignLinear
+
+WEIGHT_ONLY_ROWS = 1
+"""Up to so many rows INT8 weights meet unquantised activations; more rows are quantised too (W8A8). On one NVIDIA H200
+a decode step's products take 2.36 ms against 2.7 ms at one row, and 3.0 against 2.7 ms at two."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Rows of activations: float [T, K] without scales, or int8 [T, K] with fp32 scales [T], one for each row."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines, fp32 [2, positions, rotary_dim / 2], and how many of the pairs follow each of three axes."""
+
+    table: torch.Tensor
+    sections: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, [slots, kv_heads, head_dim]; slot = block * block_size + offset.
+
+    8-bit caches have fp32 scales [slots, kv_heads]: INT8 one for each slot and head, written with the key; FP8 fixed
+    ones, expanded along the slots.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    block_size: int
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
+class Kernels(Protocol):
+    """What computes. T rows, one for each token of a pass; `branch` and `qkv` are partial sums over their first
+    dimension, which the reader adds up."""
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of the table [V, H] for int64 ids [T], on the ids' device; the table may lie in pinned host memory."""
+
+    def quantizes(self, weight: Weight, rows: int) -> bool:
+        """Whether `linear` and `gate_up` want int8 rows for this weight and so many of them."""
+
+    def quantize(self, x: torch.Tensor) -> Activation:
+        """float [T, K] -> int8, one scale for each row (symmetric, from the row's largest magnitude)."""
+
+    def linear(self, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, K] times weight [N, K] transposed -> partial sums [S, T, N], fp32 where S > 1."""
+
+    def gate_up(self, x: Activation, weight: Weight) -> torch.Tensor:
+        """silu(gate) * up, the weight's first half of rows being the gate's -> [T, N / 2]."""
+
+    def add_norm(
+        self,
+        branch: torch.Tensor | None,
+        residual: torch.Tensor,
+        branch_norm: torch.Tensor | None,
+        norm: torch.Tensor,
+        eps: float,
+        quantized: bool,
+    ) -> tuple[Activation, torch.Tensor]:
+        """residual += rms_norm(branch) * branch_norm, then x = rms_norm(residual) * norm.
+
+        Args:
+            branch: [S, T, H], None at the first layer.
+            residual: [T, H]; may be changed in place.
+            quantized: whether x is wanted in int8.
+
+        Returns:
+            x and the new residual.
+        """
+
+    def store_keys(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: Rotary,
+        cache: LayerCache,
+        slots: torch.Tensor,
+        heads: int,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate q and k, and write k and v into the cache.
+
+        Args:
+            qkv: [S, T, (heads + 2 * kv_heads) * head_dim].
+            positions: int32 [3, T].
+            slots: int64 [T]; what has a negative one is not written.
+
+        Returns:
+            q [T, heads, head_dim] and k, v [T, kv_heads, head_dim] in `dtype`.
+        """
+
+    def decode_attention(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: Rotary,
+        cache: LayerCache,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        heads: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`store_keys` and attention of one new token a sequence, whose slot follows from its length.
+
+        Args:
+            qkv: [S, B, (heads + 2 * kv_heads) * head_dim].
+            positions: int32 [3, B].
+            block_table: int32 [B, max_blocks].
+            lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad.
+
+        Returns:
+            [B, heads * head_dim] in `dtype`; zeros in rows that pad.
+        """
+
+    def prefill_attention(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        block_table: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        longest_chunk: int,
+    ) -> torch.Tensor:
+        """Causal attention of chunks, whose keys and values the cache already has.
+
+        Args:
+            q: [T, heads, head_dim], rotated, the chunks packed one behind another.
+            block_table: int32 [n, max_blocks].
+            starts: int32 [n + 1], the row where each chunk begins, then T.
+            lengths: int32 [n], keys that each sequence has; a chunk's last query stands at the last of them.
+
+        Returns:
+            [T, heads * head_dim] in q's dtype.
+        """
+
+    def causal_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal attention of one whole prompt: q [T, heads, head_dim], k and v [T, kv_heads, head_dim], rotated."""
+
+    def read_seats(
+        self,
+        seats: torch.Tensor,
+        lengths: torch.Tensor,
+        positions: torch.Tensor,
+        blocks: torch.Tensor,
+        tokens: torch.Tensor,
+        tables: torch.Tensor,
+        block_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a pass takes from the seats of n sequences; notes first which block each of them ends in.
+
+        Args:
+            seats, lengths, positions, blocks: int32 [n]; the tokens that a sequence has with this pass (0 for rows
+                that only pad: nothing is noted), the position of the last of them, and its block.
+            tokens: int64 [seats], the last sampled token of each seat.
+            tables: int32 [seats, max_blocks], the blocks of each seat's sequence.
+
+        Returns:
+            The last sampled tokens int64 [n], their positions on all axes int32 [3, n], the block tables
+            int32 [n, max_blocks].
+        """
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        seats: torch.Tensor,
+        steps: torch.Tensor,
+        records: torch.Tensor,
+        marks: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose the next token of each row, and note it in its seat.
+
+        Penalties first; then, unless the temperature is 0, the logits are divided by it, and the distribution is cut
+        by min-p, top-k and top-p in this order. The draw is argmax(logit + Gumbel noise), see Maddison et al. 2014,
+        "A* Sampling". The noise follows from seed, step and token alone, so that a draw depends on its own sequence
+        only.
+
+        Args:
+            logits: fp32 [n, vocab]; may be changed.
+            seats: int32 [n].
+            steps: int32 [n], how many tokens each answer has so far.
+            records: int32 [seats, WIDTH], see `autoglm.kernels.records`.
+            marks: int32 [seats, vocab], which tokens came before; the chosen ones are counted.
+            tokens: int64 [seats], where the chosen tokens go.
+
+        Returns:
+            int32 [n].
+        """
+
+
+def choose(device: torch.device) -> Kernels:
+    """The implementation for a device."""
+    return cast(Kernels, import_module(f"autoglm.kernels.{'gpu' if device.type == 'cuda' else 'reference'}"))

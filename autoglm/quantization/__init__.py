@@ -1,0 +1,1 @@
+"""INT8: weights, how they are made, and what they cost."""

@@ -1,0 +1,91 @@
+"""A weight in INT8, and how it is made from a float one."""
+
+from dataclasses import dataclass
+
+import torch
+
+GROUP = 128  # inputs that share a scale where a weight is quantised in groups
+BLOCK = 2**24  # elements that are quantised at once: 64 MiB in fp32
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """W[n, k] = values[n, k] * scales[n, g] + offsets[n, g], where g = k // GROUP, or 0 for one scale a row.
+
+    values int8 [N, K]; scales fp32 [N, G]; offsets fp32 [N, G], None for a symmetric weight.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[1]
+
+    def rows(self, part: slice) -> "Int8Weight":
+        """Some of the rows, in the same memory."""
+        return Int8Weight(self.values[part], self.scales[part], None if self.offsets is None else self.offsets[part])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, K] in `dtype`."""
+        columns = self.values.shape[1]
+        repeat = columns if self.groups == 1 else GROUP
+        weight = self.values.float() * self.scales.repeat_interleave(repeat, 1)[:, :columns]
+        if self.offsets is not None:
+            weight = weight + self.offsets.repeat_interleave(repeat, 1)[:, :columns]
+        return weight.to(dtype)
+
+
+def empty(
+    rows: int, columns: int, symmetric: bool, grouped: bool, device: torch.device | str | None = None
+) -> Int8Weight:
+    """A weight whose memory is not filled yet."""
+    groups = -(-columns // GROUP) if grouped else 1
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
+    values = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    return Int8Weight(values, scales, None if symmetric else torch.empty_like(scales))
+
+
+def quantize(weight: torch.Tensor, symmetric: bool = True, grouped: bool = False) -> Int8Weight:
+    """Round a float weight [N, K] to 8 bits, by the largest magnitude (symmetric) or the range of each row or group.
+
+    Computed in fp32, some rows at a time. Where a row or group is constant the scale is tiny, never 0.
+    """
+    rows, columns = weight.shape
+    made = empty(rows, columns, symmetric, grouped, weight.device)
+    quantize_into(made, weight)
+    return made
+
+
+def quantize_into(target: Int8Weight, weight: torch.Tensor) -> None:
+    """As `quantize`, into memory that is there; `target` says whether symmetric and whether in groups."""
+    rows = max(1, BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        _quantize_rows(target.rows(part), weight[part])
+
+
+def _quantize_rows(target: Int8Weight, weight: torch.Tensor) -> None:
+    rows, columns = weight.shape
+    size = columns if target.groups == 1 else GROUP
+    wide = weight.float()
+    if lacking := target.groups * size - columns:
+        # Copies of the last column fill up the last group: they change neither its range nor its magnitude.
+        wide = torch.cat((wide, wide[:, -1:].expand(-1, lacking)), dim=1)
+    wide = wide.view(rows, target.groups, size)
+    if target.offsets is None:
+        scales = (wide.abs().amax(-1) / 127).clamp_min(SMALLEST)
+        levels = wide / scales.unsqueeze(-1)
+    else:
+        lowest, highest = wide.amin(-1), wide.amax(-1)
+        scales = ((highest - lowest) / 255).clamp_min(SMALLEST)
+        target.offsets.copy_(lowest + 128 * scales)
+        levels = (wide - target.offsets.unsqueeze(-1)) / scales.unsqueeze(-1)
+    target.scales.copy_(scales)
+    target.values.copy_(levels.round_().clamp_(-128, 127).flatten(1)[:, :columns])

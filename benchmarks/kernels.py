@@ -1,0 +1,80 @@
+"""What each kernel takes, and what its bytes and operations would.
+
+    python -m benchmarks.kernels --checkpoint DIR [--setting int8|bf16]
+
+Microseconds of one launch: several launches over different memory (`benchmarks.cases`) are captured in a CUDA graph,
+its replays timed with events, the median divided by the number of launches. Only the checkpoint's config is read.
+Needs a CUDA device; without one it ends with status 2.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable
+
+import torch
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.kernels import choose
+from benchmarks import limits
+from benchmarks.cases import Case, Cases, Launch
+from benchmarks.report import Row, make_row, needs_gpu, read_options, report
+
+ROWS = (1, 2, 16, 64, 128, 1024, 3422)
+PROMPT = 3422
+BATCHES = (1, 16, 64)
+KEYS = (192, 3600)
+REPLAYS = 7
+
+
+def graph_seconds(launches: list[Launch]) -> float:
+    """Seconds of one launch inside of a graph of all."""
+    for launch in launches:  # compiles
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(REPLAYS):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return statistics.median(times) / len(launches)
+
+
+def kernel_row(case: Case, seconds: float, options: argparse.Namespace) -> Row:
+    """The time, and beside it bytes and operations with their rates."""
+    work = case.work
+    also = {"MB": work.bytes / 1e6, "GB/s": work.bytes / seconds / 1e9}
+    if work.operations:
+        also |= {"GOP": work.operations / 1e9, "TOPS": work.operations / seconds / 1e12}
+    limit = 1e3 * limits.milliseconds(work, options.machine, options.setting)
+    return make_row(options, case.name, seconds * 1e6, "us", limit, also)
+
+
+@torch.inference_mode()
+def measure(cases: Iterable[Case], options: argparse.Namespace) -> list[Row]:
+    rows = []
+    for case in cases:
+        rows.append(kernel_row(case, graph_seconds(case.make()), options))
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    options = read_options(__doc__)
+    needs_gpu()
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    text = Checkpoint.open(options.checkpoint).text
+    cases = Cases(choose(device), text, device, torch.bfloat16, options.setting)
+    report(options, "kernels", measure(cases.all(ROWS, PROMPT, BATCHES, KEYS), options))
+
+
+if __name__ == "__main__":
+    main()

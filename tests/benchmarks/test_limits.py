@@ -1,0 +1,64 @@
+"""The floors of the 9B shape are the ones that are known."""
+
+import pytest
+import torch
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.llm.model import LanguageModel
+from autoglm.vision.vit import VisionTransformer
+from benchmarks import limits, random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The 9B shape; no weights are written."""
+    directory = tmp_path_factory.mktemp("9b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_checkpoint, "random_weights", lambda *_: iter(()))
+        random_checkpoint.write(directory, torch.device("cpu"))
+    return Checkpoint.open(directory)
+
+
+def milliseconds(work: limits.Work, setting: str) -> float:
+    return limits.milliseconds(work, "h200", setting)
+
+
+def test_decode(published: Checkpoint) -> None:
+    text = published.text
+    weights = limits.linear_parameters(text) + limits.head_parameters(text)
+    assert weights == pytest.approx(8.78e9, rel=1e-3)
+    assert milliseconds(limits.decode_step(text, "int8", 1, 0), "int8") == pytest.approx(1.95, abs=0.005)
+    assert milliseconds(limits.decode_step(text, "bf16", 1, 0), "bf16") == pytest.approx(3.90, abs=0.005)
+    # 40 KiB of keys and values for each token
+    grown = limits.decode_step(text, "int8", 64, 3600).bytes - weights
+    assert grown == 64 * 3600 * 40 * 1024
+
+
+def test_many_rows_are_bound_by_operations(published: Checkpoint) -> None:
+    text = published.text
+    assert milliseconds(limits.prefill(text, "int8", [3422]), "int8") == pytest.approx(64, abs=0.1)
+    assert limits.prefill(text, "int8", [3500]).operations == pytest.approx(61e12, rel=0.02)
+    alone, together = (limits.prefill(text, "int8", prompts) for prompts in ([1024], [128] * 8))
+    assert alone.bytes == together.bytes
+    assert alone.bf16 == pytest.approx(8 * together.bf16, rel=0.01)
+
+
+def test_vision(published: Checkpoint) -> None:
+    work = limits.encode(published.vision, 13416)
+    assert work.operations == pytest.approx(46e12, rel=0.01)
+    assert milliseconds(work, "int8") == pytest.approx(62.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("setting", "size"), [("int8", 1), ("bf16", 2)])
+def test_weights(published: Checkpoint, setting: str, size: int) -> None:
+    """Against the modules' own parameters: what is left out is below two in a thousand."""
+    with torch.device("meta"):
+        language, vit = LanguageModel(published.text), VisionTransformer(published.vision)
+    matrices = sum(p.numel() for name, p in language.named_parameters() if p.dim() == 2 and "embed" not in name)
+    total = size * matrices + 2 * sum(p.numel() for p in vit.parameters())
+    assert limits.resident_gib(published.text, published.vision, setting) == pytest.approx(total / 2**30, rel=2e-3)
+
+
+def test_other_machines_have_no_limit(published: Checkpoint) -> None:
+    work = limits.decode_step(published.text, "int8", 1, 0)
+    assert str(limits.milliseconds(work, "another", "int8")) == "nan"

@@ -1,0 +1,149 @@
+"""Sampling kernels against their twins, and the twins against plain definitions."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from autoglm.kernels import reference_sampling, sampling
+from autoglm.kernels.records import COUNT_MASK, IN_PROMPT, WIDTH, record
+from autoglm.sampling import SamplingParams
+
+SEATS = 7
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "the real client's": {"frequency_penalty": 0.2},
+    "all penalties": {"frequency_penalty": 0.5, "presence_penalty": -0.3, "repetition_penalty": 1.3},
+    "warm": {"temperature": 0.8},
+    "top-p": {"temperature": 1.2, "top_p": 0.9},
+    "top-k": {"temperature": 0.7, "top_k": 5, "presence_penalty": 0.2},
+    "all cuts": {"temperature": 1.5, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "frequency_penalty": 0.1},
+    "min-p": {"temperature": 2.0, "min_p": 0.1},
+    "one": {"temperature": 1.0, "top_k": 1},
+    "all of them": {"temperature": 1.0, "top_k": 10**6},
+}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_bits(out, low, high, step, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    low, high = tl.load(low), tl.load(high)
+    tl.store(out + places, sampling.noise_bits(low, high, tl.load(step), tl.program_id(0) * COUNT, COUNT))
+
+
+def make_records(kinds: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    rows = [record(SamplingParams(**kind), 2**63 - 5 * i) for i, kind in enumerate(kinds)]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def test_philox_is_philox() -> None:
+    """Known answers of Random123's test vectors, whose counters end in zeros."""
+    words = reference_sampling.philox(*(torch.tensor(0) for _ in range(4)))
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 7, 2**64 - 1])
+@pytest.mark.parametrize("step", [0, 1, 12345])
+def test_noise_is_the_same_bit_for_bit(seed: int, step: int, device: torch.device) -> None:
+    low, high = (torch.tensor(word, device=device) for word in (seed & 0xFFFFFFFF, seed >> 32))
+    words = reference_sampling.philox(torch.arange(128, device=device), torch.tensor(step, device=device), low, high)
+    out = torch.full((600,), -1, dtype=torch.int64, device=device)
+    halves = [word.to(torch.uint32).view(torch.int32) for word in (low, high)]
+    store_bits[(4,)](out, *halves, torch.tensor(step, dtype=torch.int32, device=device), 128)
+    assert torch.equal(out[:512], torch.stack(words, -1).flatten())
+    assert (out[512:] == -1).all()
+
+
+@pytest.mark.parametrize("vocab", [12, 384, 1024, 2500])
+@pytest.mark.parametrize("seed", range(3))
+def test_sample_equals_its_twin(vocab: int, seed: int, device: torch.device) -> None:
+    """All kinds of rows in one batch; nothing is read or written that belongs to no row."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = list(KINDS.values())
+    rows, count = len(kinds), len(kinds) + 3
+    seats = torch.randperm(count, generator=generator)[:rows].int()
+    records = torch.full((count, WIDTH), 2**31 - 1, dtype=torch.int32)
+    records[seats.long()] = make_records(kinds, torch.device("cpu"))
+    marks = torch.randint(0, 3, (count, vocab), generator=generator, dtype=torch.int32)
+    marks += IN_PROMPT * torch.randint(0, 2, (count, vocab), generator=generator, dtype=torch.int32)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    steps = torch.randint(0, 100, (rows,), generator=generator, dtype=torch.int32)
+    results = []
+    for module in (reference_sampling, sampling):
+        space = torch.full((rows + 2, vocab), float("nan"), device=device)
+        space[1:-1] = logits
+        copies = [t.to(device, copy=True) for t in (seats, steps, records, marks)]
+        tokens = torch.full((count,), -7, device=device)
+        chosen = module.sample(space[1:-1], *copies, tokens)
+        assert space[0].isnan().all() and space[-1].isnan().all()
+        results.append((chosen, tokens, copies[3]))
+    for ours, wanted in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, wanted)
+    chosen, tokens, counted = results[0]
+    assert torch.equal(tokens[seats.long()].int(), chosen)
+    assert ((counted.cpu() - marks).sum(1) == torch.zeros(count).index_fill(0, seats.long(), 1)).all()
+
+
+def test_many_draws_of_one_row_equal_the_twin(device: torch.device) -> None:
+    logits = (torch.randn(1, 97, generator=torch.Generator().manual_seed(4)) * 2).repeat(len(KINDS) * 30, 1)
+    kinds = [kind for kind in KINDS.values() for _ in range(30)]
+    rows = len(kinds)
+    results = []
+    for module in (reference_sampling, sampling):
+        state = make_records(kinds, device), torch.zeros(rows, 97, dtype=torch.int32, device=device)
+        seats = torch.arange(rows, dtype=torch.int32, device=device)
+        chosen = module.sample(logits.to(device, copy=True), seats, seats, *state, torch.zeros_like(seats).long())
+        results.append(chosen)
+    assert torch.equal(*results)
+    assert len(results[0][90:120].unique()) > 4
+
+
+def test_equal_logits_choose_the_first(device: torch.device) -> None:
+    for module in (reference_sampling, sampling):
+        seats = torch.zeros(1, dtype=torch.int32, device=device)
+        state = make_records([{}], device), torch.zeros(1, 3000, dtype=torch.int32, device=device)
+        row = torch.zeros(1, 3000, device=device)
+        row[0, 5] = row[0, 1500] = row[0, 2999] = 1.0
+        assert int(module.sample(row, seats, seats, *state, torch.zeros(1, dtype=torch.int64, device=device))) == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["greedy", "warm", "all cuts"])
+def test_a_broken_row_still_gives_a_token(value: float, kind: str, device: torch.device) -> None:
+    seats = torch.zeros(1, dtype=torch.int32, device=device)
+    state = make_records([KINDS[kind]], device), torch.zeros(1, 1500, dtype=torch.int32, device=device)
+    row = torch.full((1, 1500), value, device=device)
+    chosen = sampling.sample(row, seats, seats, *state, torch.zeros(1, dtype=torch.int64, device=device))
+    assert 0 <= int(chosen) < 1500
+
+
+@pytest.mark.parametrize("width", [1, 5, 1024, 1500])
+def test_read_seats_equals_its_twin(width: int, device: torch.device) -> None:
+    chance = np.random.default_rng(width)
+    seats = torch.tensor([3, 0, 6, 2, 6], dtype=torch.int32)
+    lengths = torch.tensor([*chance.integers(1, 4 * width + 1, 2), 0, 4 * width, 0], dtype=torch.int32)
+    positions, blocks = (torch.from_numpy(chance.integers(0, 999, 5).astype(np.int32)) for _ in range(2))
+    tokens = torch.from_numpy(chance.integers(0, 999, SEATS))
+    tables = torch.from_numpy(chance.integers(0, 999, (SEATS, width)).astype(np.int32))
+    results = []
+    for module in (reference_sampling, sampling):
+        space = torch.full((SEATS + 2, width), -1, dtype=torch.int32, device=device)
+        space[1:-1] = tables
+        inputs = [t.to(device) for t in (seats, lengths, positions, blocks, tokens)]
+        results.append([*module.read_seats(*inputs, space[1:-1], 4), space])
+    for ours, wanted in zip(results[1], results[0], strict=True):
+        assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+    ids, axes, table, space = (t.cpu() for t in results[0])
+    assert torch.equal(ids, tokens[seats.long()]) and (axes == positions).all()
+    wanted = tables.clone()
+    for row in (0, 1, 3):
+        wanted[seats[row], (lengths[row] - 1) // 4] = blocks[row]
+    assert torch.equal(space[1:-1], wanted) and (space[[0, -1]] == -1).all()
+    assert torch.equal(table, wanted[seats.long()])
+
+
+def test_counting_never_reaches_the_prompt_mark() -> None:
+    assert IN_PROMPT & COUNT_MASK == 0 and IN_PROMPT | COUNT_MASK < 2**31

@@ -1,0 +1,73 @@
+"""On a GPU: captured passes give the CPU's tokens, and steps neither wait, nor allocate, nor compile."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Pair
+from tests.llm.harness import Harness
+from tests.llm.test_engine import mixed_requests
+from tests.prompts import random_text
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def warm(plain: Pair) -> Harness:
+    harness = Harness(plain.checkpoint, GPU, max_batch_size=12, max_tokens_per_step=500)
+    harness.engine.runner.capture(64)
+    harness.engine.warm_up()
+    return harness
+
+
+def test_tokens_are_the_cpu_s(plain: Pair, warm: Harness) -> None:
+    """Some of the sampled ones may part where two tokens are as good as equal."""
+    cpu = Harness(plain.checkpoint)
+    cpu.run(*mixed_requests(cpu))
+    warm.run(*mixed_requests(warm))
+    same = [warm.answers[name].token_ids == answer.token_ids for name, answer in cpu.answers.items()]
+    assert sum(same) >= 30
+    assert warm.all_blocks_back()
+
+
+@pytest.fixture
+def nothing_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_launch_waits(warm: Harness, nothing_waits: None) -> None:
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_p": 0.9}, {"repetition_penalty": 1.2}]
+    warm.submit(*(warm.request(f"{i}", random_text(20, i), max_tokens=9, **o) for i, o in enumerate(options)))
+    for i in range(30):
+        if i == 4:
+            warm.submit(warm.request("later", random_text(60, 9), max_tokens=5))
+        warm.engine.step()
+    assert all(answer.last.error is None for answer in warm.answers.values())
+
+
+def test_decode_steps_allocate_nothing(warm: Harness) -> None:
+    warm.submit(*(warm.request(f"{i}", random_text(20, i), max_tokens=50, frequency_penalty=0.2) for i in range(5)))
+    for _ in range(5):
+        warm.engine.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(30):
+        warm.engine.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_nothing_is_compiled_after_the_warm_up(warm: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def note(**what: Any) -> None:
+        compiled.append(what["repr"])
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    warm.run(*mixed_requests(warm))
+    assert compiled == []
