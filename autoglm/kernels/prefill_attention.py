@@ -25,8 +25,10 @@ def _attend(
     columns = tl.arange(0, D)[None, :]
     for first in tl.range(start, end, BLOCK_N):
         places = first + tl.arange(0, BLOCK_N)
-        # Without CAUSAL the mask is known to be true, and the compiler drops it.
-        inside = (places < length) | (not CAUSAL)
+        if CAUSAL:
+            inside = places < length
+        else:
+            inside = tl.full((BLOCK_N,), True, tl.int1)  # known to be true: the compiler drops it
         block = tl.load(block_table + places // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         slot = block * BLOCK_SIZE + places % BLOCK_SIZE
         at = (slot * KV_HEADS + head)[:, None] * D + columns

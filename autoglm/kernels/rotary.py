@@ -98,7 +98,7 @@ def _store_keys(
     tl.store(out + (HEADS + rows) * D + columns, k.to(out.dtype.element_ty), mask=rows < KV_HEADS)
     tl.store(out + (HEADS + KV_HEADS + rows) * D + columns, v.to(out.dtype.element_ty), mask=rows < KV_HEADS)
     slot = tl.load(slots + token)
-    real = (heads < KV_HEADS) & (slot >= 0)
+    real = heads < tl.where(slot >= 0, KV_HEADS, 0)
     at = slot * KV_HEADS * D + rows * D + columns
     scale_at = slot * scale_stride + heads
     stored, _ = encode(k, key_scales + scale_at, real, keys.dtype.element_ty)

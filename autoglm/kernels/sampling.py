@@ -123,6 +123,7 @@ def _score(
     token = part * PART + tl.arange(0, PART)
     inside = token < vocab
     x = tl.load(logits + row * vocab + token, mask=inside, other=float("-inf"))
+    x = tl.where(x == x, x, float("-inf"))  # a NaN is never chosen, and spreads no further
     if (frequency != 0) | (presence != 0) | (repetition != 1):
         mark = tl.load(marks + seat * vocab + token, mask=inside, other=0)
         count = mark & COUNT_MASK
