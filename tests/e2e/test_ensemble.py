@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from autoglm.chat import ChatRenderer
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import load_config
+from autoglm.config import EngineConfig, load_config
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output
 from autoglm.llm.sequence import Request as EngineRequest
@@ -190,8 +190,9 @@ def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:
 def test_stop_request_reaches_the_queue(server: TritonServer) -> None:
     """More requests than seats; those that wait end at once as well."""
     before = settled(server, "autoglm_requests_total")
-    calls = [Call(server, {"PROMPT": [f"hello {i}"]}, LONG, request_id="many") for i in range(40)]
-    wait_until(lambda: metric(server, "autoglm_requests_total") - before == 40)
+    many = EngineConfig().max_batch_size + 8
+    calls = [Call(server, {"PROMPT": [f"hello {i}"]}, LONG, request_id="many") for i in range(many)]
+    wait_until(lambda: metric(server, "autoglm_requests_total") - before == many)
     assert metric(server, "autoglm_requests_waiting") > 0
     stop(server, "many")
     assert {call.result().finish_reason for call in calls} == {"cancelled"}
