@@ -21,13 +21,14 @@ from tokenizers import Tokenizer
 
 from autoglm.config import LimitsConfig
 from autoglm.errors import Exact, RequestError, invalid, shorten
-from autoglm.media import media_hash, read_image
+from autoglm.media import ImageFile, media_hash, read_image
 from autoglm.messages import ROLES, ImagePart, Message, TextPart
 from autoglm.tokenizer import HIDDEN_TAG, VISIBLE_TAGS
 from autoglm.vision.image_processor import grid_of, smart_resize, tokens_of
+from autoglm.vision.pixel_limits import server_limits
 
 if TYPE_CHECKING:
-    from autoglm.checkpoint import Checkpoint
+    from autoglm.checkpoint import Checkpoint, ImageLimits
 
 # Unicode's noncharacters: one that the request does not use marks the control tokens spelled out in its texts.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -36,22 +37,11 @@ MAX_BYTES_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """An image as it goes to the vision encoder: the encoded file, its grid (1, rows, columns) of patches, the
-    identity of both, and the request's field that it came from."""
-
-    data: bytes
-    grid: tuple[int, int, int]
-    hash: str
-    name: str
-
-
-@dataclass(frozen=True)
 class Prompt:
     """Token ids with every image placeholder repeated once per visual token, and the images in order."""
 
     token_ids: list[int]
-    images: list[EncodedImage]
+    images: list[ImageFile]
     image_tokens: int
 
 
@@ -74,6 +64,7 @@ class ChatRenderer:
     ) -> None:
         self.checkpoint = checkpoint
         self.limits = limits
+        self.image_limits = server_limits(checkpoint.image_limits, limits)
         self.max_context = max_context
         self.content_format = content_format
         self.template = _environment().from_string(checkpoint.chat_template)
@@ -91,8 +82,11 @@ class ChatRenderer:
         controls = (special | set(image_tokens)) - {*VISIBLE_TAGS, HIDDEN_TAG}
         self.controls = re.compile("|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True)))
 
-    def render(self, messages: Sequence[Message]) -> Prompt:
+    def render(self, messages: Sequence[Message], image_limits: ImageLimits | None = None) -> Prompt:
         """Token ids of a chat that ends with the beginning of the assistant's turn.
+
+        Args:
+            image_limits: of this request; left out, the server's.
 
         Raises:
             RequestError: an image is refused, the template refuses the chat or leaves out an image, or the prompt
@@ -102,13 +96,14 @@ class ChatRenderer:
         if size > MAX_BYTES_PER_TOKEN * self.max_context:
             got = Exact(f"a text of {size} bytes")
             raise invalid("prompt", got, f"at most {self.max_context - 1} tokens, the context of {self.max_context}")
-        images = [self._encode_image(part) for message in messages for part in message.images]
+        image_limits = image_limits or self.image_limits
+        images = [_image_file(part, self.limits, image_limits) for message in messages for part in message.images]
         ids = self._token_ids(messages)
         image_token = self.checkpoint.image_token_id
         rendered = ids.count(image_token)
         if rendered != len(images):
             raise invalid("prompt", Exact(f"{len(images)} images"), f"the {rendered} that the chat template shows")
-        counts = [tokens_of(image.grid, self.checkpoint.image_limits) for image in images]
+        counts = [tokens_of(image.grid, image_limits) for image in images]
         total = len(ids) - len(images) + sum(counts)
         if total >= self.max_context:
             got = Exact(f"{total} tokens ({sum(counts)} of them for {len(images)} images)")
@@ -117,12 +112,6 @@ class ChatRenderer:
         following = iter(counts)
         token_ids = [id_ for id_ in ids for _ in range(next(following) if id_ == image_token else 1)]
         return Prompt(token_ids, images, sum(counts))
-
-    def _encode_image(self, part: ImagePart) -> EncodedImage:
-        info = read_image(part.data, self.limits, part.name)
-        image_limits = self.checkpoint.image_limits
-        grid = grid_of(smart_resize(info.height, info.width, image_limits, part.name), image_limits)
-        return EncodedImage(part.data, grid, media_hash(part.data, grid), part.name)
 
     def _token_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the rendered chat, one placeholder for each image."""
@@ -161,6 +150,12 @@ class ChatRenderer:
 
     def _mark(self, text: str, mark: str) -> str:
         return self.controls.sub(lambda match: match[0][:1] + mark + match[0][1:], text)
+
+
+def _image_file(part: ImagePart, limits: LimitsConfig, image_limits: ImageLimits) -> ImageFile:
+    info = read_image(part.data, limits, part.name)
+    grid = grid_of(smart_resize(info.height, info.width, image_limits, part.name), image_limits)
+    return ImageFile(part.data, grid, media_hash(part.data, grid), part.name)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -106,19 +106,30 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What one request may bring."""
+    """What one request may bring; `max_pixels` and `min_pixels` are what images are resized to, see
+    `autoglm.vision.pixel_limits`, and 0 takes the checkpoint's."""
 
     max_images: int = 10
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64 * 2**20
+    max_pixels: Annotated[int, Range(0)] = 0
+    min_pixels: Annotated[int, Range(0)] = 0
 
 
 @dataclass(frozen=True)
 class VisionSection:
-    """`max_patches_per_pass` bounds the patches that one pass of the encoder takes; a larger image goes alone."""
+    """`max_patches_per_pass` bounds the patches that one pass of the encoder takes; a larger image goes alone.
 
+    `warm_up` are sizes (width, height). The feature cache has a tier on the device and one in pinned host memory.
+    """
+
+    loading: Literal["lazy", "preload"] = "preload"
+    warm_up: tuple[tuple[int, int], ...] = ((1080, 2400), (1080, 1920))
     decode_threads: int = 4
     max_patches_per_pass: int = 65536
+    int8: bool = False
+    feature_cache_mb: Annotated[int, Range(0)] = 512
+    feature_cache_host_mb: Annotated[int, Range(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,20 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class SparseAttentionConfig:
+    """How text looks at images; see `autoglm.llm.sparsity`. Requests may ask for another mode and ratio.
+
+    ratio: of the visual keys, what is kept. min_batch: `pages` acts in passes of so many decoding sequences at least.
+    dense_layers: first layers of `topk` and `pages` that see everything.
+    """
+
+    mode: Literal["off", "topk", "pages", "snap", "prune"] = "off"
+    ratio: Annotated[float, Range(0.01, 1)] = 0.3
+    min_batch: int = 16
+    dense_layers: Annotated[int, Range(0)] = 2
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -150,6 +175,7 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     vision: VisionSection = field(default_factory=VisionSection)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
 
 
 def load_config(
@@ -230,10 +256,14 @@ def _build(kind: type[Any], values: Mapping[str, Any], name: str) -> Any:
 
 def _check(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
+        if value is False and "off" in get_args(hint):
+            return "off"  # which is YAML's word for false too
         # 1 equals True in Python, not in a configuration.
         if not any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint)):
             raise ConfigError(f"{where} is {value!r}, allowed are {', '.join(map(str, get_args(hint)))}")
         return value
+    if get_origin(hint) is tuple:
+        return _check_list(get_args(hint), value, where)
     kind, allowed = get_args(hint) if get_origin(hint) is Annotated else (hint, Range(1))
     if kind is float and type(value) is int:
         value = float(value)
@@ -242,3 +272,14 @@ def _check(hint: Any, value: Any, where: str) -> Any:
     if kind in (int, float) and not allowed.lowest <= value <= allowed.highest:
         raise ConfigError(f"{where} is {value}, it must be {allowed}")
     return value
+
+
+def _check_list(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A list as a tuple; its elements' hints are those of a tuple, (X, ...) for any number of X."""
+    if hints[-1] is ... and isinstance(value, list):
+        hints = hints[:1] * len(value)
+    if not isinstance(value, list) or len(value) != len(hints):
+        number = "a" if hints and hints[-1] is ... else f"a {len(hints)}-element"
+        raise ConfigError(f"{where} is {value!r}, expected {number} list")
+    pairs = enumerate(zip(hints, value, strict=True))
+    return tuple(_check(hint, element, f"{where}[{i}]") for i, (hint, element) in pairs)

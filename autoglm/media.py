@@ -52,6 +52,17 @@ TRANSPOSES = {
 
 
 @dataclass(frozen=True)
+class ImageFile:
+    """An image as it goes to the vision encoder: the encoded file, the grid (1, rows, columns) of patches that it is
+    resized to, the `media_hash` of both, and the request's field that it came from, for messages."""
+
+    data: bytes
+    grid: tuple[int, int, int]
+    hash: str
+    name: str
+
+
+@dataclass(frozen=True)
 class ImageInfo:
     """What the header of an image file says. Width and height are those of the upright image, in pixels."""
 

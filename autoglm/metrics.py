@@ -1,4 +1,4 @@
-"""The engine's counters and gauges as Triton metrics.
+"""Counters and gauges of the engine and of the vision encoder's cache as Triton metrics.
 
 Triton's metric objects are not safe to share between threads (two at once can hang or kill the whole server), and a bad
 name can abort it. So every name is fixed here, and only the thread of `Publisher` touches the objects.
@@ -6,16 +6,14 @@ name can abort it. So every name is fixed here, and only the thread of `Publishe
 
 import re
 import threading
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
-
-from autoglm.llm.engine import EngineStats
 
 PREFIX = "autoglm_"
 INTERVAL = 0.5  # seconds between two updates
 
-# Field of EngineStats -> (name, help); the rest of the name says which kind it is.
-FAMILIES = {
+# Field of EngineStats -> (name, help); the end of the name says which kind it is.
+ENGINE = {
     "requests": ("requests_total", "Requests taken in by the engine"),
     "prompt_tokens": ("prompt_tokens_total", "Tokens of prompts, cached ones included"),
     "cached_tokens": ("prefix_cache_hit_tokens_total", "Tokens of prompts that the prefix cache already held"),
@@ -27,22 +25,44 @@ FAMILIES = {
     "blocks_held": ("kv_blocks_held", "Blocks that running requests hold"),
     "blocks_cached": ("kv_blocks_cached", "Blocks that nobody holds and whose content is kept"),
 }
+# The same for CacheStats.
+VISION_CACHE = {
+    "hits": ("vision_cache_hits_total", "Images whose embeddings were known, or were being made for another request"),
+    "misses": ("vision_cache_misses_total", "Images that were encoded"),
+    "evictions": ("vision_cache_evictions_total", "Embeddings dropped because the cache was full"),
+    "entries": ("vision_cache_entries", "Images whose embeddings are kept"),
+    "bytes": ("vision_cache_bytes", "Memory of the device that they take"),
+    "host_bytes": ("vision_cache_host_bytes", "Pinned host memory that they take"),
+}
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Publisher:
-    """Copies an engine's statistics into Triton's metrics, from one thread of its own."""
+    """Copies statistics into Triton's metrics, from one thread of its own."""
 
-    def __init__(self, pb_utils: Any, stats: EngineStats) -> None:
+    def __init__(
+        self,
+        pb_utils: Any,
+        stats: object,
+        families: Mapping[str, tuple[str, str]],
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            stats: its attributes are the numbers, which other threads go on changing.
+            families: (name, help) by attribute of `stats`.
+            labels: tell apart what several processes publish under one name.
+        """
         self._stats = stats
-        self._shown: dict[str, float] = dict.fromkeys(FAMILIES, 0)
+        self._families = families
+        self._shown: dict[str, float] = dict.fromkeys(families, 0)
         self._metrics: dict[str, Any] = {}
-        for field, (name, text) in FAMILIES.items():
+        for field, (name, text) in families.items():
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name} is not a metric name")
             kind = pb_utils.MetricFamily.COUNTER if name.endswith("_total") else pb_utils.MetricFamily.GAUGE
             family = pb_utils.MetricFamily(name=PREFIX + name, description=text, kind=kind)
-            self._metrics[field] = (family, family.Metric(labels={}))
+            self._metrics[field] = (family, family.Metric(labels=dict(labels or {})))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
@@ -56,11 +76,12 @@ class Publisher:
             self._update()
 
     def _update(self) -> None:
-        for field, value in asdict(self._stats).items():
+        for field, (name, _) in self._families.items():
+            value = getattr(self._stats, field)
             if value == self._shown[field]:
                 continue
             _, metric = self._metrics[field]
-            if FAMILIES[field][0].endswith("_total"):
+            if name.endswith("_total"):
                 metric.increment(value - self._shown[field])
             else:
                 metric.set(value)

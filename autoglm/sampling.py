@@ -4,13 +4,16 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from autoglm.errors import RequestError, invalid
 
 DEFAULT_PRIORITY = 5
 LOWEST_PRIORITY = 10
 MAX_STOPS = 16
+LEAST_SPARSE_RATIO = 0.01
+
+SparseMode = Literal["off", "topk", "pages", "snap", "prune"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class SamplingParams:
 
     Penalties follow their usual definitions: frequency and presence count the answer's tokens, repetition the
     prompt's too. `priority` 1 is the most urgent, 10 the least. `timeout_us` counts from the request's arrival.
+    `sparse_mode` and `sparse_ratio` None take the server's (see `autoglm.llm.sparsity`).
     """
 
     max_tokens: int | None = None
@@ -36,6 +40,8 @@ class SamplingParams:
     stream: bool = True
     priority: int = DEFAULT_PRIORITY
     timeout_us: int | None = None
+    sparse_mode: SparseMode | None = None
+    sparse_ratio: float | None = None
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> "SamplingParams":
@@ -95,6 +101,13 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _sparse_mode(name: str, value: Any) -> SparseMode:
+    allowed = get_args(SparseMode)
+    if value not in allowed:
+        raise invalid(name, value, f"one of {', '.join(allowed)}")
+    return value  # type: ignore[no-any-return]
+
+
 def _stops(name: str, value: Any) -> tuple[str, ...]:
     """A string, or a list of strings; Triton's parameters cannot hold lists, so a list also comes as JSON text."""
     stops = _parse_list(value)
@@ -137,6 +150,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "priority": _priority,
     "request_priority": _priority,
     "timeout": _integer(1, 2**63 - 1),
+    "sparse_mode": _sparse_mode,
+    "sparse_ratio": _number(LEAST_SPARSE_RATIO, 1.0),
 }
 
 # Over gRPC Triton takes a parameter called `priority` for its own scheduler and hides it: hence the second name.

@@ -42,7 +42,7 @@ def load_parameters(
     Args:
         module: its parameters must all be covered, rows of fused ones included.
         rename: checkpoint name prefix -> module name prefix.
-        fused: last module name of a checkpoint tensor -> (module name it is a part of, its rows there).
+        fused: end of a checkpoint tensor's module name -> (what stands there instead, the tensor's rows in it).
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -54,10 +54,9 @@ def load_parameters(
         name = next(new + full_name[len(old) :] for old, new in rename.items() if full_name.startswith(old))
         rows = slice(None)
         owner, _, kind = name.rpartition(".")
-        parent, _, leaf = owner.rpartition(".")
-        if fused and leaf in fused:
-            whole, rows = fused[leaf]
-            name = f"{parent}.{whole}.{kind}"
+        for part, (whole, part_rows) in (fused or {}).items():
+            if f".{owner}".endswith(f".{part}"):
+                name, rows = f"{owner.removesuffix(part)}{whole}.{kind}", part_rows
         if name not in targets:
             raise CheckpointError(f"unexpected tensor {full_name}")
         whole_target = targets[name]

@@ -78,6 +78,8 @@ class TritonServer:
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
         # Several processes compute on the same cores: threads that spin while they wait take them from others.
         self._environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Decoded images go back to the system: left alone, glibc learns from a huge one to keep what smaller ones took.
+        self._environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 20))
         self._environment.update(environment or {})
         self._gpu_count = visible_gpu_count(self._environment)
         # A stub takes its packages from the environment of the first python3 in PATH.

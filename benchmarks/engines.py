@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import load_config
+from autoglm.config import SparseAttentionConfig, load_config
 from autoglm.device import choose_device
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
@@ -24,11 +24,14 @@ KV_CACHE_MB = 8192  # 200 000 tokens of the 9B shape in bf16
 _numbers = itertools.count()
 
 
-def build_engine(checkpoint: Checkpoint, setting: str, **changes: Any) -> Engine:
+def build_engine(
+    checkpoint: Checkpoint, setting: str, sparse_attention: SparseAttentionConfig | None = None, **changes: Any
+) -> Engine:
     """An engine that is not started, with the configuration's defaults, on the best device there is.
 
     Args:
         setting: `int8`, or `bf16` for weights as the checkpoint has them (the CPU computes these in fp32).
+        sparse_attention: None takes the configuration's.
         changes: of single values of the configuration's section `engine`.
     """
     config = load_config()
@@ -36,6 +39,7 @@ def build_engine(checkpoint: Checkpoint, setting: str, **changes: Any) -> Engine
         config,
         quantization=replace(config.quantization, enabled=setting == "int8"),
         engine=replace(config.engine, **changes),
+        sparse_attention=sparse_attention or config.sparse_attention,
     )
     return Engine.from_config(checkpoint, config, *choose_device(config.model))
 

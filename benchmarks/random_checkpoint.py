@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, Checkpoint, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
-from autoglm.vision.vit import VisionTransformer
+from autoglm.vision.vit import VisionTransformer, published
 from demo.tokenizer import CHAT_TEMPLATE, SPECIAL, TAGS
 
 FIRST_SPECIAL = 151329
@@ -105,7 +105,10 @@ def random_tensor(shape: torch.Size, name: str, device: torch.device) -> torch.T
 
 
 def _split(name: str, tensor: torch.Tensor, text: TextConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The library's fused q, k and v under their three published names."""
+    """The library's fused products under their published names."""
+    if name.startswith("model.visual."):
+        yield from published(name, tensor)
+        return
     if "qkv_proj" not in name:
         yield name, tensor
         return

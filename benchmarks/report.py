@@ -127,7 +127,7 @@ def report(options: argparse.Namespace, benchmark: str, rows: Sequence[Row]) -> 
         before = Result.read(path)
         others = [row for row in before.rows if row.setting not in {row.setting for row in rows}]
         if (before.software, before.commit) == (result.software, result.commit):
-            rows = sorted([*others, *rows], key=lambda row: SETTINGS.index(row.setting))
+            rows = sorted([*others, *rows], key=lambda row: SETTINGS.index(row.setting.split()[0]))
             result = Result(result.machine, result.software, result.commit, result.date, rows)
         elif others:
             print(f"{len(others)} rows of {path} were measured with other code or software: they are dropped")
@@ -138,11 +138,12 @@ def report(options: argparse.Namespace, benchmark: str, rows: Sequence[Row]) -> 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines for a terminal."""
     width = max((len(row.name) for row in rows), default=0)
-    yield f"{'':{width}} {'':5} {'value':>10} {'':10} {'limit':>10} {'share':>6}"
+    setting = max((len(row.setting) for row in rows), default=0)
+    yield f"{'':{width}} {'':{setting}} {'value':>10} {'':10} {'limit':>10} {'share':>6}"
     for row in rows:
         limit = "" if row.limit is None else f"{row.limit:.3f}"
         share = "" if row.share is None else f"{row.share:.0%}"
-        line = f"{row.name:{width}} {row.setting:5} {row.value:10.3f} {row.unit:10} {limit:>10} {share:>6}"
+        line = f"{row.name:{width}} {row.setting:{setting}} {row.value:10.3f} {row.unit:10} {limit:>10} {share:>6}"
         figures = [f"{name} {value:g}" for name, value in (row.peer or {}).items()]
         figures += [f"{value:.4g} {unit}" for unit, value in row.also.items()]
         yield f"{line}  {'; '.join(figures)}".rstrip()

@@ -28,7 +28,7 @@ from autoglm.config import load_config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
 from autoglm.messages import read_prompt
-from autoglm.vision.encoder import ImageFile, VisionEncoder
+from autoglm.vision.encoder import VisionEncoder
 from benchmarks import limits
 from benchmarks.engines import Prompt, Stream, open_engine, submit
 from benchmarks.report import Row, make_row, read_options, report
@@ -67,7 +67,7 @@ class Agent:
         """
         prompt = self.renderer.render(read_prompt(TEXT.encode(), [data], self.limits))
         (image,) = prompt.images
-        (features,) = self.encoder.encode([[ImageFile(image.data, image.grid, image.name)]])
+        (features,) = self.encoder.encode([[image]])
         if isinstance(features, RequestError):
             raise features
         return Prompt(prompt.token_ids, image.grid, image.hash.encode(), features)

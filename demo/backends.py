@@ -19,7 +19,7 @@ from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
 from autoglm.messages import read_prompt
 from autoglm.sampling import SamplingParams
-from autoglm.vision.encoder import ImageFile, VisionEncoder
+from autoglm.vision.encoder import VisionEncoder
 
 MAX_TOKENS = 120
 
@@ -47,9 +47,8 @@ class LibraryBackend:
 
     def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
         prompts = [self.renderer.render(read_prompt(task.encode(), [image], self.limits)) for image, task in questions]
-        files = [[ImageFile(image.data, image.grid, image.name) for image in prompt.images] for prompt in prompts]
         outputs: list[queue.SimpleQueue[Output]] = []
-        for prompt, embeddings in zip(prompts, self.encoder.encode(files), strict=True):
+        for prompt, embeddings in zip(prompts, self.encoder.encode([prompt.images for prompt in prompts]), strict=True):
             if not isinstance(embeddings, torch.Tensor):
                 raise embeddings
             sink: queue.SimpleQueue[Output] = queue.SimpleQueue()

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, ImageLimits, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
-from autoglm.vision.vit import VisionTransformer
+from autoglm.vision.vit import VisionTransformer, published
 from demo import phrases, vocabulary
 from demo.tokenizer import build_tokenizer, number_ids, save_tokenizer
 
@@ -139,12 +139,12 @@ def export(model: DemoModel, tok: Tokenizer, directory: Path, dtype: torch.dtype
 
 
 def _published(model: DemoModel) -> list[tuple[str, torch.Tensor]]:
-    """Tensors under their published names; q, k and v apart."""
+    """Tensors under their published names; q, k and v apart, and the ViT's gate and up."""
     found: list[tuple[str, torch.Tensor]] = []
     config = model.language.config
     sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
     for name, tensor in model.visual.state_dict().items():
-        found.append((f"model.visual.{name}", tensor))
+        found += published(f"model.visual.{name}", tensor)
     for name, tensor in model.language.state_dict().items():
         if ".qkv_proj." in name:
             for part, rows in zip("qkv", tensor.split(sizes), strict=True):

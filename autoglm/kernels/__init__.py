@@ -1,4 +1,4 @@
-"""The operations of the language model: kernels in the Triton language on a GPU, plain PyTorch elsewhere.
+"""The operations of the two models: kernels in the Triton language on a GPU, plain PyTorch elsewhere.
 
 `reference` holds the twin of every kernel, with the same signature; tests compare the two. Which of them computes is
 chosen here, once, by `choose`.
@@ -6,7 +6,7 @@ chosen here, once, by `choose`.
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, TypeAlias, cast
+from typing import ClassVar, Protocol, TypeAlias, cast
 
 import torch
 
@@ -51,6 +51,35 @@ class LayerCache:
     value_scales: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Images that lie packed in one pass of the vision encoder, one behind another.
+
+    lengths: rows of each image.
+    apart: (first row, length) of the images that get launches of their own.
+    tiles: int32 [n, 3] on the device, for the launch that takes all others: the first query of a tile, and the first
+        row of its image and the row behind it; None if there are no others.
+    """
+
+    lengths: tuple[int, ...]
+    apart: tuple[tuple[int, int], ...] = ()
+    tiles: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Taps:
+    """How one side of an image is resized, in fixed point with PLACES binary places.
+
+    starts: int32 [target], the first source pixel that a target pixel is made of.
+    weights: int32 [target, n], of that pixel and the following; 0 behind the source's end.
+    """
+
+    PLACES: ClassVar[int] = 22
+
+    starts: torch.Tensor
+    weights: torch.Tensor
+
+
 class Kernels(Protocol):
     """What computes. T rows, one for each token of a pass; `branch` and `qkv` are partial sums over their first
     dimension, which the reader adds up."""
@@ -83,6 +112,7 @@ class Kernels(Protocol):
 
         Args:
             branch: [S, T, H], None at the first layer.
+            branch_norm: None where the branch is added as it is.
             residual: [T, H]; may be changed in place.
             quantized: whether x is wanted in int8.
 
@@ -127,11 +157,45 @@ class Kernels(Protocol):
         Args:
             qkv: [S, B, (heads + 2 * kv_heads) * head_dim].
             positions: int32 [3, B].
-            block_table: int32 [B, max_blocks].
+            block_table: int32 [B, max_blocks], or [B, kv_heads, max_blocks] as `choose_pages` makes it.
             lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad.
 
         Returns:
             [B, heads * head_dim] in `dtype`; zeros in rows that pad.
+        """
+
+    def choose_pages(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: Rotary,
+        summaries: torch.Tensor,
+        block_table: torch.Tensor,
+        lengths: torch.Tensor,
+        seats: torch.Tensor,
+        visual: torch.Tensor,
+        kept: torch.Tensor,
+        block_size: int,
+        heads: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks that one new token of each sequence looks at: those that are not visual, and some that are.
+
+        A block's bound is what its scores cannot exceed, given the least and the greatest of its keys in each channel,
+        summed over the query heads of a group (Tang et al. 2024, "Quest").
+
+        Args:
+            qkv: [S, B, (heads + 2 * kv_heads) * head_dim], not rotated.
+            positions: int32 [3, B].
+            summaries: [blocks, kv_heads, 2, head_dim] in the model's dtype, minima and maxima; of visual blocks only.
+            block_table: int32 [B, max_blocks].
+            lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad.
+            seats: int32 [B].
+            visual: int32 [seats, max_blocks], 1 where a seat's sequence has a block of visual keys only.
+            kept: int32 [seats], how many of these stay, those with the highest bounds; of equal ones the first.
+
+        Returns:
+            int32 [B, kv_heads, max_blocks], blocks in their order, behind them anything; and the lengths, int32 [B],
+            that follow for `decode_attention`.
         """
 
     def prefill_attention(
@@ -208,6 +272,43 @@ class Kernels(Protocol):
         Returns:
             int32 [n].
         """
+
+    def resample(self, pixels: torch.Tensor, taps: Taps, axis: int) -> torch.Tensor:
+        """One side of an image resized: uint8 [H, W, 3] -> uint8, axis 0 (H) or 1 (W) as long as the taps say.
+
+        The sum of the weighted pixels, in int32, is rounded to the nearest integer and clipped.
+        """
+
+    def patchify(self, pixels: torch.Tensor, levels: torch.Tensor, patch: int, merge: int, frames: int) -> torch.Tensor:
+        """Look an image's levels up and cut it into patches.
+
+        Args:
+            pixels: uint8 [H, W, 3], H and W multiples of patch * merge.
+            levels: [3, 256], what each level of each channel becomes.
+
+        Returns:
+            [N, 3 * frames * patch * patch] in the dtype of `levels`: blocks of merge x merge patches after one
+            another, a patch as (channel, frame, row, column) with the frame repeated.
+        """
+
+    def pack(self, lengths: tuple[int, ...], device: torch.device) -> Packing:
+        """How `image_attention` will go over images of these lengths; called once for each pass of the encoder."""
+
+    def rotate_heads(
+        self, qkv: torch.Tensor, angles: torch.Tensor, heads: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turn the halves of each head of q and k against each other (NEOX order).
+
+        Args:
+            qkv: [S, N, 3 * heads * head_dim]; may be changed in place.
+            angles: cosines and sines, fp32 [2, N, head_dim / 2].
+
+        Returns:
+            q, k and v, each [N, heads, head_dim] in `dtype`; rows may lie apart.
+        """
+
+    def image_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Full attention inside each image: q, k, v [N, heads, head_dim] -> [N, heads * head_dim]."""
 
 
 def choose(device: torch.device) -> Kernels:

@@ -63,7 +63,7 @@ def attend(
 @triton.jit
 def _decode_attention(
     qkv, positions, table, keys, values, key_scales, value_scales, block_table, lengths, out, partials, sums, counters,
-    split_stride, row_stride, axis_stride, table_rows, scale_stride, block_table_stride, softmax_scale,
+    split_stride, row_stride, axis_stride, table_rows, scale_stride, block_table_stride, list_stride, softmax_scale,
     S: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
@@ -89,7 +89,7 @@ def _decode_attention(
     end = tl.minimum(first + share * BLOCK_N, old)
     if split >= working:  # and makes room at once for the kernel behind; those that work wait for the one in front
         return
-    block_table += sequence * block_table_stride
+    block_table += sequence * block_table_stride + head * list_stride
     # What no kernel of this pass writes is under way before the queries are there: the first tile, the second's slots.
     slots = find_slots(block_table, first, end, BLOCK_SIZE, BLOCK_N)
     k, k_scale = load_tile(keys, key_scales, slots, first, end, head, scale_stride, KV_HEADS, D, SCALED)
@@ -188,12 +188,13 @@ def decode_attention(
     Nothing here waits for the GPU, and what is launched depends on shapes only, so it can be captured in a graph. One
     stream of a device at a time: the programs of a launch meet at counters that belong to the device. Positions, block
     table, lengths and the keys of earlier passes are read before the kernel in front has ended, so an ordinary launch
-    (not a programmatic dependent one) must stand behind whoever wrote them.
+    (not a programmatic dependent one) must stand behind whoever wrote them. For a table of chosen blocks this kernel is
+    one itself.
 
     Args:
         qkv: [S, B, (heads + 2 * kv_heads) * head_dim], partial sums over S; head_dim a power of two.
         positions: int32 [3, B].
-        block_table: int32 [B, max_blocks].
+        block_table: int32 [B, max_blocks], or [B, kv_heads, max_blocks] where each KV head has blocks of its own.
         lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad: nothing is stored.
         dtype: the model's.
 
@@ -215,15 +216,17 @@ def decode_attention(
     sums = qkv.new_empty(batch * kv_heads * splits * rows, dtype=torch.float32)
     key_scales, value_scales, scale_stride = scale_arguments(cache)
     first, second, _ = rotary.sections
+    chosen = block_table.dim() == 3
     _decode_attention[(splits, kv_heads, batch)](
         qkv, positions, rotary.table, cache.keys, cache.values, key_scales, value_scales, block_table, lengths,
         out, partials, sums, counters(qkv.device),
         qkv.stride(0), qkv.stride(1), positions.stride(0), rotary.table.shape[1], scale_stride, block_table.stride(0),
+        block_table.stride(1) if chosen else 0,
         size**-0.5 * 1.4426950408889634,  # log2(e): the softmax is taken in base 2
         S=parts, GROUP=group, KV_HEADS=kv_heads, D=size, HALF=rotary.table.shape[2], FIRST=first, SECOND=first + second,
         BLOCK_SIZE=cache.block_size, SCALED=cache.key_scales is not None,
         SPLITS=splits, ROWS=rows, BLOCK_N=block_n, TOGETHER=16 if few else 4,
-        PDL=PDL, launch_pdl=PDL, num_warps=8 if few else 4,
+        PDL=PDL, launch_pdl=PDL and not chosen, num_warps=8 if few else 4,
     )  # fmt: skip
     return out
 

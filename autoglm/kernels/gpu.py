@@ -5,9 +5,13 @@ import torch
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight, reference
 from autoglm.kernels.decode_attention import decode_attention
 from autoglm.kernels.embed import embed
+from autoglm.kernels.gate import swiglu
 from autoglm.kernels.gemm import gemm
 from autoglm.kernels.gemv import gemv
+from autoglm.kernels.image import patchify, resample
+from autoglm.kernels.image_attention import image_attention, pack, rotate_heads
 from autoglm.kernels.norm import add_norm, quantize
+from autoglm.kernels.page_choice import choose_pages
 from autoglm.kernels.prefill_attention import causal_attention, prefill_attention
 from autoglm.kernels.rotary import store_keys
 from autoglm.kernels.sampling import read_seats, sample
@@ -18,14 +22,20 @@ from autoglm.quantization.linear import ForeignLinear
 __all__ = [
     "add_norm",
     "causal_attention",
+    "choose_pages",
     "decode_attention",
     "embed",
     "gate_up",
+    "image_attention",
     "linear",
+    "pack",
+    "patchify",
     "prefill_attention",
     "quantize",
     "quantizes",
     "read_seats",
+    "resample",
+    "rotate_heads",
     "sample",
     "store_keys",
 ]
@@ -52,7 +62,7 @@ def gate_up(x: Activation, weight: Weight) -> torch.Tensor:
         return (skinny if x.values.shape[0] <= WIDEST_GATED else gemm)(x, weight, gated=True)
     if not isinstance(weight, ForeignLinear) and _fits_gemv(x.values, weight):
         return gemv(x.values, weight, gated=True)
-    return reference.gate_up(x, weight)
+    return swiglu(reference.product(x, weight))
 
 
 def _fits_gemv(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> bool:

@@ -55,7 +55,7 @@ def _add_norm(
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     weight = tl.load(norm + columns, mask=inside, other=0.0)
-    if SPLITS > 0:
+    if branch_norm is not None:
         branch_weight = tl.load(branch_norm + columns, mask=inside, other=0.0)
     pdl_wait(PDL)
     dtype = residual.dtype.element_ty
@@ -64,9 +64,10 @@ def _add_norm(
         total = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
             total += tl.load(branch + (split * rows + row) * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-        total = total * tl.rsqrt(tl.sum(total * total) / SIZE + eps)
+        if branch_norm is not None:
+            total = total * tl.rsqrt(tl.sum(total * total) / SIZE + eps) * branch_weight.to(tl.float32)
         # The residual stream is rounded where the model's dtype rounds it.
-        wide = (wide + total * branch_weight.to(tl.float32)).to(dtype).to(tl.float32)
+        wide = (wide + total).to(dtype).to(tl.float32)
         tl.store(residual + row * SIZE + columns, wide.to(dtype), mask=inside)
     wide = wide * tl.rsqrt(tl.sum(wide * wide) / SIZE + eps) * weight.to(tl.float32)
     if QUANTIZED:

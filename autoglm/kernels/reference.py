@@ -9,20 +9,28 @@ import torch.nn.functional as F
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight
 from autoglm.kernels.reference_attention import causal_attention, decode_attention, prefill_attention, store_keys
 from autoglm.kernels.reference_sampling import read_seats, sample
+from autoglm.kernels.reference_sparse import choose_pages
+from autoglm.kernels.reference_vision import image_attention, pack, patchify, resample, rotate_heads
 from autoglm.quantization.int8 import Int8Weight
 from autoglm.quantization.linear import ForeignLinear
 
 __all__ = [
     "add_norm",
     "causal_attention",
+    "choose_pages",
     "decode_attention",
     "embed",
     "gate_up",
+    "image_attention",
     "linear",
+    "pack",
+    "patchify",
     "prefill_attention",
     "quantize",
     "quantizes",
     "read_seats",
+    "resample",
+    "rotate_heads",
     "sample",
     "store_keys",
 ]
@@ -59,8 +67,9 @@ def add_norm(
     eps: float,
     quantized: bool,
 ) -> tuple[Activation, torch.Tensor]:
-    if branch is not None and branch_norm is not None:
-        residual = residual + rms_norm(total(branch).to(residual.dtype), branch_norm, eps)
+    if branch is not None:
+        addend = total(branch).to(residual.dtype)
+        residual = residual + (addend if branch_norm is None else rms_norm(addend, branch_norm, eps))
     x = rms_norm(residual, norm, eps)
     return quantize(x) if quantized else Activation(x), residual
 

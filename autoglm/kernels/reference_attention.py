@@ -40,13 +40,18 @@ def decode_attention(
 ) -> torch.Tensor:
     rows = torch.arange(len(lengths), device=lengths.device)
     last = (lengths - 1).clamp(min=0)
-    slots = block_table[rows, last // cache.block_size].long() * cache.block_size + last % cache.block_size
+    lists = block_table if block_table.dim() == 3 else block_table.unsqueeze(1)  # [B, kv_heads or 1, max_blocks]
+    slots = lists[rows, 0, last // cache.block_size].long() * cache.block_size + last % cache.block_size
     q, _, _ = store_keys(qkv, positions, rotary, cache, slots.where(lengths > 0, -1), heads, dtype)
     places = torch.arange(max(1, int(lengths.max())), device=lengths.device)
     seen = places < lengths[:, None]  # [B, longest]
-    slots = block_table[:, places // cache.block_size].long() * cache.block_size + places % cache.block_size
-    slots = slots.where(seen, slots[:, :1])  # what is behind a sequence's end may never have been written
-    key, value = (t.transpose(1, 2) for t in decode(cache, slots, dtype))
+    slots = lists[:, :, places // cache.block_size].long() * cache.block_size + places % cache.block_size
+    slots = slots.where(seen[:, None], slots[..., :1])  # what is behind a sequence's end may never have been written
+    if slots.shape[1] == 1:
+        key, value = (t.transpose(1, 2) for t in decode(cache, slots[:, 0], dtype))
+    else:
+        heads_own = [decode(cache, slots[:, head], dtype) for head in range(slots.shape[1])]
+        key, value = (torch.stack([t[:, :, i] for i, t in enumerate(both)], 1) for both in zip(*heads_own, strict=True))
     mixed = F.scaled_dot_product_attention(q.unsqueeze(2), key, value, attn_mask=seen[:, None, None], enable_gqa=True)
     return mixed.flatten(1).where(lengths[:, None] > 0, 0)
 

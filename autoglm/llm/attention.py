@@ -28,16 +28,16 @@ class PagedAttention:
         return torch.cat((self._singles(layer, qkv[:, :singles]), self._chunks(layer, qkv[:, singles:])))
 
     def _singles(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        batch, n = self.batch, self.batch.singles
+        batch, n, pages = self.batch, self.batch.singles, self.batch.pages
+        positions, table, lengths = batch.positions[:, :n], batch.block_table[:n], batch.lengths[:n]
+        if pages is not None and layer >= pages.dense_layers:
+            kept = pages.seats, pages.visual, pages.kept
+            table, lengths = self.kernels.choose_pages(
+                qkv, positions, self.rotary, self.cache.summary(layer), table, lengths, *kept,
+                self.cache.block_size, self.heads,
+            )  # fmt: skip
         return self.kernels.decode_attention(
-            qkv,
-            batch.positions[:, :n],
-            self.rotary,
-            self.cache.layer(layer),
-            batch.block_table[:n],
-            batch.lengths[:n],
-            self.heads,
-            self.cache.dtype,
+            qkv, positions, self.rotary, self.cache.layer(layer), table, lengths, self.heads, self.cache.dtype
         )
 
     def _chunks(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,27 @@
 """What one forward pass needs to know: written down on the host, sent to the device by one copy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from autoglm.llm.scheduler import Chunk
+from autoglm.llm.sequence import Sequence
 from autoglm.llm.transfer import Numbers, aligned
 
 ROW = 5  # numbers in a row, see `make_rows`
+
+
+@dataclass(frozen=True)
+class Pages:
+    """By what decoding sequences choose blocks, see `Kernels.choose_pages`; the first `dense_layers` see all."""
+
+    seats: torch.Tensor  # int32 [singles]
+    visual: torch.Tensor  # int32 [seats, max_blocks]
+    kept: torch.Tensor  # int32 [seats]
+    dense_layers: int
 
 
 @dataclass(frozen=True)
@@ -27,17 +38,18 @@ class Batch:
     lengths: torch.Tensor  # int32 [n], keys that each sequence has after this pass; 0 for rows that only pad
     starts: torch.Tensor  # int32 [n - singles + 1], where each chunk begins behind the singles, then T - singles
     longest_chunk: int  # 0 without chunks
+    pages: Pages | None = None  # None: decoding sequences look at all blocks
 
 
-def make_rows(chunks: Sequence[Chunk], block_size: int) -> Numbers:
-    """int32 [ROW, n]: each sequence's seat, length with this pass, position and block of its last token, and how many
+def make_rows(chunks: Seq[Chunk], block_size: int) -> Numbers:
+    """int32 [ROW, n]: each sequence's seat, keys with this pass, position and block of its last token, and how many
     tokens its answer has."""
     rows = np.empty((ROW, len(chunks)), np.int32)
     for column, chunk in enumerate(chunks):
-        sequence, end = chunk.sequence, chunk.end
-        step = end - sequence.prompt_length
-        block = sequence.blocks[(end - 1) // block_size]
-        rows[:, column] = sequence.seat, end, sequence.next_position + step - 1, block, step
+        sequence, keys = chunk.sequence, chunk.end - chunk.sequence.dropped
+        step = chunk.end - sequence.prompt_length
+        block = sequence.blocks[(keys - 1) // block_size]
+        rows[:, column] = sequence.seat, keys, sequence.next_position + step - 1, block, step
     return rows
 
 
@@ -50,7 +62,7 @@ class Shape:
     tokens: int
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk]) -> "Shape":
+    def of(cls, chunks: Seq[Chunk]) -> "Shape":
         """What just holds these."""
         lengths = [chunk.length for chunk in chunks if not chunk.decodes]
         return cls(len(chunks) - len(lengths), len(lengths), sum(lengths))
@@ -81,7 +93,7 @@ class MixedInput:
         return cls(*parts)
 
 
-def pack_mixed(chunks: Sequence[Chunk], shape: Shape, spare_seat: int, block_size: int) -> Numbers:
+def pack_mixed(chunks: Seq[Chunk], shape: Shape, spare_seat: int, block_size: int) -> Numbers:
     """A `MixedInput` of this shape, which holds the chunks, as one array."""
     sizes = _layout(shape)
     packed = np.zeros(sum(aligned(math.prod(size)) for size in sizes), np.int32)
@@ -106,20 +118,20 @@ def pack_mixed(chunks: Sequence[Chunk], shape: Shape, spare_seat: int, block_siz
         there = slice(shape.singles + at, shape.singles + at + chunk.length)
         ids[at : at + chunk.length] = chunk.sequence.tokens[chunk.start : chunk.end]
         positions[:, there] = _positions(chunk)
-        slots[there] = _slots(chunk, block_size)
+        slots[there] = key_slots(chunk.sequence, block_size, chunk.start, chunk.end)
         at += chunk.length
         starts[number + 1 :] = at
         last_rows[shape.singles + number] = there.stop - 1
     return packed
 
 
-def row_places(chunks: Sequence[Chunk], shape: Shape) -> list[int]:
+def row_places(chunks: Seq[Chunk], shape: Shape) -> list[int]:
     """Which of the shape's rows each chunk's sequence takes: decoding ones stand first, and so do their rows."""
     singles = sum(chunk.decodes for chunk in chunks)
     return [*range(singles), *range(shape.singles, shape.singles + len(chunks) - singles)]
 
 
-def table_entries(chunks: Sequence[Chunk], max_blocks: int) -> list[Numbers]:
+def table_entries(chunks: Seq[Chunk], max_blocks: int) -> list[Numbers]:
     """Where the blocks of prompts stand in the flattened block tables of all seats, and these blocks."""
     prompts = [chunk.sequence for chunk in chunks if not chunk.decodes]
     starts = [(sequence.seat or 0) * max_blocks for sequence in prompts]
@@ -144,7 +156,8 @@ def _positions(chunk: Chunk) -> Numbers:
     return np.concatenate([of_prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
 
 
-def _slots(chunk: Chunk, block_size: int) -> Numbers:
-    places = np.arange(chunk.start, chunk.end)
-    blocks = np.array(chunk.sequence.blocks, np.int32)
+def key_slots(sequence: Sequence, block_size: int, start: int, end: int) -> Numbers:
+    """Where the cache keeps the sequence's tokens from `start` to `end`; none of them is among those dropped."""
+    places = np.arange(start - sequence.dropped, end - sequence.dropped)
+    blocks = np.array(sequence.blocks, np.int32)
     return blocks[places // block_size] * block_size + places % block_size  # type: ignore[no-any-return]

@@ -11,13 +11,13 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import Config, EngineConfig, MemoryConfig
+from autoglm.config import Config, EngineConfig, MemoryConfig, SparseAttentionConfig
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.kv_cache import KVCache
@@ -25,9 +25,11 @@ from autoglm.llm.model import LanguageModel
 from autoglm.llm.positions import image_runs, prompt_positions
 from autoglm.llm.prefill import largest_pass
 from autoglm.llm.prefix_keys import MediaSpan
+from autoglm.llm.pruning import Prompt, prune
 from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
 from autoglm.llm.sequence import FinishReason, Output, Request, Sequence
+from autoglm.llm.sparsity import Sparsity
 from autoglm.llm.stop import stop_ids
 from autoglm.memory import MemoryManager
 from autoglm.quantization.loading import Loading
@@ -71,6 +73,7 @@ class Engine:
         dtype: torch.dtype,
         loading: Loading | None = None,
         memory: MemoryManager | None = None,
+        sparse_attention: SparseAttentionConfig | None = None,
     ) -> None:
         """Loads the model and takes the memory that the configuration allows.
 
@@ -78,10 +81,12 @@ class Engine:
             dtype: of activations, and of weights that are not quantised.
             loading: how the weights are quantised and cached; None does neither.
             memory: of this process; None bounds it as the configuration's defaults do.
+            sparse_attention: of requests that do not say; None is dense.
         """
         text = checkpoint.text
         self.checkpoint = checkpoint
         self.config = config
+        self.sparse_attention = sparse_attention or SparseAttentionConfig()
         self.vocabulary = Vocabulary(checkpoint.path)
         self.memory = memory or MemoryManager(MemoryConfig(), device)
         with self.memory.tag("weights"):
@@ -89,7 +94,8 @@ class Engine:
         cache = self._make_cache(model, dtype)
         blocks = cache.keys.shape[1] // config.block_size
         self.max_context = min(config.max_context, text.max_position_embeddings, blocks * config.block_size)
-        self.runner = ModelRunner(model, cache, config.max_batch_size, self.max_context)
+        paging = self.sparse_attention if self.sparse_attention.mode == "pages" else None
+        self.runner = ModelRunner(model, cache, config.max_batch_size, self.max_context, paging)
         self.scheduler = Scheduler(
             BlockPool(blocks),
             config.block_size,
@@ -111,7 +117,8 @@ class Engine:
     def from_config(cls, checkpoint: Checkpoint, config: Config, device: torch.device, dtype: torch.dtype) -> "Engine":
         """An engine as the whole configuration describes it. To be made before its process uses the device."""
         memory = MemoryManager(config.memory, device)
-        return cls(checkpoint, config.engine, device, dtype, Loading.from_config(config, device), memory)
+        loading = Loading.from_config(config, device)
+        return cls(checkpoint, config.engine, device, dtype, loading, memory, config.sparse_attention)
 
     def start(self) -> None:
         """Begin to work; on a GPU after a warm-up, so that no request pays for what happens once."""
@@ -236,6 +243,15 @@ class Engine:
             raise RequestError(
                 f"embeddings: {rows} rows for {sum(span.length for span in media)} image tokens", ErrorCode.INTERNAL
             )
+        sparsity = Sparsity.choose(self.sparse_attention, request.sampling)
+        if not media:
+            sparsity = None
+        if sparsity is not None:
+            media = sparsity.name(media)
+            if sparsity.mode == "prune" and request.embeddings is not None:
+                pruned = prune(Prompt(request.token_ids, positions, media, request.embeddings), sparsity)
+                request = replace(request, token_ids=pruned.token_ids, embeddings=pruned.embeddings)
+                positions, media = pruned.positions, pruned.media
         wanted = request.sampling.max_tokens or self.config.default_max_tokens
         return Sequence(
             request,
@@ -245,6 +261,7 @@ class Engine:
             Detokenizer(self.vocabulary),
             stop_ids(self.checkpoint.eos_token_ids, request.sampling.stop_token_ids, request.sampling.ignore_eos),
             min(wanted, self.max_context - length),
+            sparsity,
         )
 
     def _expire(self) -> None:
@@ -340,9 +357,12 @@ class Engine:
             lambda: largest_pass(model, config.max_tokens_per_step, config.max_batch_size),
             reserve=seats + GRAPHS,
         )
-        blocks = size // (KVCache.bytes_per_token(text, stored_as) * config.block_size)
+        summarized = self.sparse_attention.mode == "pages"
+        block = KVCache.bytes_per_token(text, stored_as) * config.block_size
+        block += KVCache.summary_bytes(text, dtype) if summarized else 0
+        device = model.rotary.table.device
         with self.memory.tag("KV cache"):
-            cache = KVCache(text, blocks, config.block_size, model.rotary.table.device, dtype, stored_as)
+            cache = KVCache(text, size // block, config.block_size, device, dtype, stored_as, summarized)
         if model.kv_scales is not None and stored_as == torch.float8_e4m3fn:
             cache.set_scales(*model.kv_scales)
         return cache

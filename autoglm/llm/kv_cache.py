@@ -4,6 +4,7 @@ import torch
 
 from autoglm.checkpoint import TextConfig
 from autoglm.kernels import LayerCache
+from autoglm.kernels.reference_attention import decode
 
 
 class KVCache:
@@ -21,8 +22,10 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         stored_as: torch.dtype | None = None,
+        summarized: bool = False,
     ) -> None:
-        """`dtype` is the model's; `stored_as` is that, torch.int8 or torch.float8_e4m3fn."""
+        """`dtype` is the model's; `stored_as` is that, torch.int8 or torch.float8_e4m3fn. A summarized cache has room
+        for what `summarize` notes."""
         stored_as = stored_as or dtype
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         slots = num_blocks * block_size
@@ -41,6 +44,9 @@ class KVCache:
             )
         elif stored_as != dtype:
             raise ValueError(f"a KV cache of {stored_as} for a model of {dtype}")
+        self.summaries: torch.Tensor | None = None  # [layers, blocks, kv_heads, 2, head_dim], minima and maxima
+        if summarized:
+            self.summaries = torch.zeros(layers, num_blocks, heads, 2, config.head_dim, device=device, dtype=dtype)
         self._layers = [
             LayerCache(
                 self.keys[layer],
@@ -59,12 +65,46 @@ class KVCache:
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
+    def summary(self, index: int) -> torch.Tensor:
+        """[blocks, kv_heads, 2, head_dim] of one layer."""
+        if self.summaries is None:
+            raise ValueError("this KV cache has no room for summaries")
+        return self.summaries[index]
+
     def set_scales(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The fixed scales of an FP8 cache, fp32 [layers, kv_heads] each. Only while the cache holds nothing."""
         if self.keys.dtype != torch.float8_e4m3fn or self.key_scales is None or self.value_scales is None:
             raise ValueError(f"a KV cache of {self.keys.dtype} has no fixed scales")
         self.key_scales[:, 0].copy_(keys)
         self.value_scales[:, 0].copy_(values)
+
+    def copy(self, sources: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy keys and values, those of each layer and head from slots of its own.
+
+        Args:
+            sources: int64 [layers, kv_heads, n].
+            target: int64 [n], other slots than these.
+        """
+        heads = torch.arange(self.keys.shape[2], device=target.device)
+        copied = [self.keys, self.values]
+        if self.key_scales is not None and self.value_scales is not None and self.keys.dtype == torch.int8:
+            copied += [self.key_scales, self.value_scales]
+        for stored in copied:
+            raw = stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
+            for layer, slots in zip(raw, sources, strict=True):
+                layer[target] = layer[slots.T, heads]
+
+    def summarize(self, blocks: torch.Tensor) -> None:
+        """Note the least and the greatest of the keys of whole blocks, int64 [m], in each channel of each head."""
+        slots = blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)
+        for index, layer in enumerate(self._layers):
+            keys, _ = decode(layer, slots, self.dtype)  # [m, block_size, kv_heads, head_dim]
+            self.summary(index)[blocks] = torch.stack((keys.amin(1), keys.amax(1)), dim=2)
+
+    @staticmethod
+    def summary_bytes(config: TextConfig, dtype: torch.dtype) -> int:
+        """What the summary of one block takes in all layers."""
+        return config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim * dtype.itemsize
 
     @staticmethod
     def bytes_per_token(config: TextConfig, stored_as: torch.dtype) -> int:

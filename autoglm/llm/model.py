@@ -6,18 +6,15 @@ the checkpoint's (`model.language_model.*`), but for q, k and v, which are one p
 """
 
 from collections.abc import Iterable
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 
 from autoglm.checkpoint import Checkpoint, TextConfig
-from autoglm.kernels import Activation, Kernels, Rotary, Weight, choose, reference
-from autoglm.layers import RMSNorm
-from autoglm.quantization.linear import Int8Linear
+from autoglm.kernels import Kernels, Rotary, choose, reference
+from autoglm.layers import Linear, RMSNorm, fit
 from autoglm.quantization.loading import Loading, load
-
-Linear: TypeAlias = nn.Linear | Int8Linear
 
 
 class Attention(Protocol):
@@ -111,7 +108,7 @@ class LanguageModel(nn.Module):
                 branch, residual, branch_norm, layer.input_layernorm.weight, eps, kernels.quantizes(qkv.weight, rows)
             )
             mixed = attention(index, kernels.linear(x, qkv.weight, qkv.bias))
-            branch = kernels.linear(self._ready(mixed, o.weight), o.weight)
+            branch = kernels.linear(fit(mixed, o.weight, kernels), o.weight)
             x, residual = kernels.add_norm(
                 branch,
                 residual,
@@ -120,7 +117,7 @@ class LanguageModel(nn.Module):
                 eps,
                 kernels.quantizes(gate_up, rows),
             )
-            branch = kernels.linear(self._ready(kernels.gate_up(x, gate_up), down), down)
+            branch = kernels.linear(fit(kernels.gate_up(x, gate_up), down, kernels), down)
             branch_norm = layer.post_mlp_layernorm.weight
         x, _ = kernels.add_norm(branch, residual, branch_norm, self.norm.weight, eps, False)
         return x.values
@@ -128,12 +125,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, hidden_size] after the final norm -> fp32 [B, vocab_size]."""
         weight = self.lm_head.weight
-        logits = self.kernels.linear(self._ready(hidden, weight), weight)
+        logits = self.kernels.linear(fit(hidden, weight, self.kernels), weight)
         return logits.squeeze(0).float() if logits.shape[0] == 1 else logits.sum(0)
-
-    def _ready(self, x: torch.Tensor, weight: Weight) -> Activation:
-        """Rows in the form in which they meet this weight."""
-        return self.kernels.quantize(x) if self.kernels.quantizes(weight, x.shape[0]) else Activation(x)
 
 
 def rotary(config: TextConfig, positions: int, device: torch.device) -> Rotary:

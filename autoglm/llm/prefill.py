@@ -1,5 +1,6 @@
 """One prompt through the model on its own, without an engine: for calibration, and to measure a pass's memory."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,18 +10,24 @@ from autoglm.llm.batch import Batch
 from autoglm.llm.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from autoglm.llm.model import LanguageModel
+    from autoglm.llm.model import Attention, LanguageModel
 
 BLOCK_SIZE = 16
 
 
 @torch.inference_mode()
-def prefill(model: "LanguageModel", hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, KVCache]:
+def prefill(
+    model: "LanguageModel",
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    around: "Callable[[PagedAttention], Attention]" = lambda attention: attention,
+) -> tuple[torch.Tensor, KVCache]:
     """Run one prompt.
 
     Args:
         hidden: [T, hidden_size], embeddings; may be changed in place.
         positions: int32 [3, T].
+        around: what the layers call, given what they usually do.
 
     Returns:
         [T, hidden_size] after the final norm, and the keys and values in slots 0 to T - 1, in the model's dtype.
@@ -41,7 +48,8 @@ def prefill(model: "LanguageModel", hidden: torch.Tensor, positions: torch.Tenso
         starts=numbers(0, length),
         longest_chunk=length,
     )
-    return model(hidden, PagedAttention(model.kernels, cache, model.rotary, batch, model.config)), cache
+    attention = PagedAttention(model.kernels, cache, model.rotary, batch, model.config)
+    return model(hidden, around(attention)), cache
 
 
 @torch.inference_mode()

@@ -1,19 +1,23 @@
 """Forward passes: launched without waiting for the device, collected later."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
+from autoglm.config import SparseAttentionConfig
 from autoglm.llm.attention import PagedAttention
-from autoglm.llm.batch import ROW, Batch, MixedInput, Shape, make_rows, pack_mixed, row_places, table_entries
+from autoglm.llm.batch import ROW, Batch, MixedInput, Pages, Shape, make_rows, pack_mixed, row_places, table_entries
+from autoglm.llm.cross_attention import CrossModalAttention, View, find_views
 from autoglm.llm.graphs import Graph, capture, chunk_shapes, decode_sizes
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.scheduler import Chunk
-from autoglm.llm.seats import Seats
+from autoglm.llm.seats import Seats, visual_blocks
 from autoglm.llm.sequence import Sequence
+from autoglm.llm.thinning import thin_out
 from autoglm.llm.transfer import Arrival, Numbers, send, stage
 
 
@@ -29,13 +33,24 @@ class Pass:
 class ModelRunner:
     """Runs the model over packed chunks, keys and values going to the cache, sampled tokens to the seats."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache, max_batch_size: int, max_context: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        max_batch_size: int,
+        max_context: int,
+        paging: SparseAttentionConfig | None = None,
+    ) -> None:
+        """`paging` is the configuration of a server whose sequences may choose among blocks; the cache is summarized
+        then."""
         self.model = model
         self.cache = cache
         self.device = cache.keys.device
         self.max_batch_size = max_batch_size
         self.max_blocks = -(-max_context // cache.block_size)
-        self.seats = Seats(max_batch_size, model.config.vocab_size, self.max_blocks, self.device)
+        self.paging = paging
+        sizes = max_batch_size, model.config.vocab_size, self.max_blocks
+        self.seats = Seats(*sizes, self.device, None if paging is None else cache.block_size)
         self.decode_graphs: dict[int, Graph] = {}
         self.mixed_graphs: dict[Shape, Graph] = {}
 
@@ -52,14 +67,19 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Pass:
         """Start to compute chunks, those of decoding sequences standing first."""
+        views = self._views(chunks)
         if all(chunk.decodes for chunk in chunks):
-            return Pass(chunks, list(range(len(chunks))), Arrival(self._run_singles(chunks)))
+            return Pass(chunks, list(range(len(chunks))), Arrival(self._run_singles(chunks, views)))
         wanted = Shape.of(chunks)
-        fitting = [shape for shape in self.mixed_graphs if shape.holds(wanted)]
+        fitting = [shape for shape in self.mixed_graphs if shape.holds(wanted) and not views]
         shape = min(fitting, key=lambda s: (s.tokens, s.singles), default=wanted)
         places = zip(row_places(chunks, shape), chunks, strict=True)
         rows = [place for place, chunk in places if chunk.samples]
-        return Pass(chunks, rows, Arrival(self._run_mixed(chunks, shape)))
+        launched = Pass(chunks, rows, Arrival(self._run_mixed(chunks, shape, views)))
+        self._thin_out([chunk.sequence for chunk in chunks if chunk.thins])
+        if self.paging is not None:
+            self._summarize([chunk.sequence for chunk in chunks if chunk.samples and not chunk.decodes])
+        return launched
 
     def collect(self, launched: Pass) -> list[tuple[Sequence, int]]:
         """Wait for a pass; its sequences that sampled, with their tokens."""
@@ -67,14 +87,48 @@ class ModelRunner:
         arrived = launched.tokens.wait()
         return [(sequence, arrived[row]) for sequence, row in zip(sampling, launched.rows, strict=True)]
 
-    def _run_singles(self, chunks: list[Chunk]) -> torch.Tensor:
+    def _views(self, chunks: list[Chunk]) -> list[View]:
+        """What text looks at images in a way of its own; a pass with such text has no graph."""
+        views = find_views(chunks, self.cache.block_size, self.device)
+        config = self.model.config
+        for sequence in [view.sequence for view in views if view.sequence.to_thin]:
+            if sequence.attention is None:
+                heads = config.num_hidden_layers, config.num_key_value_heads
+                sequence.attention = torch.zeros(*heads, sequence.visual, device=self.device)
+        return views
+
+    def _thin_out(self, sequences: list[Sequence]) -> None:
+        """Leave keys of prompts that have just been computed behind, and note where the others are."""
+        for sequence in sequences:
+            thin_out(sequence, self.cache)
+            (blocks,) = send([np.array(sequence.thin_blocks, np.int32)], self.device)
+            self.seats.tables[sequence.seat, : len(blocks)] = blocks
+
+    def _summarize(self, sequences: list[Sequence]) -> None:
+        """Note what blocks hold among which sequences will choose, of prompts that have just been computed."""
+        for sequence in sequences:
+            (places,) = np.nonzero(visual_blocks(sequence, self.cache.block_size, self.max_blocks))
+            if len(places):
+                (blocks,) = send([np.array(sequence.blocks, np.int32)[places]], self.device)
+                self.cache.summarize(blocks.long())
+
+    def _pages(self, seats: torch.Tensor) -> Pages | None:
+        """By what the decoding sequences of these seats choose blocks, if they are so many that it is worth while."""
+        if self.paging is None or len(seats) < self.paging.min_batch:
+            return None
+        return Pages(seats, self.seats.visual, self.seats.kept, self.paging.dense_layers)
+
+    def _run_singles(self, chunks: list[Chunk], views: list[View]) -> torch.Tensor:
+        if views:
+            (rows,) = send([make_rows(chunks, self.cache.block_size)], self.device)
+            return self._decode(rows, views)
         count = len(chunks)
         size = min((size for size in self.decode_graphs if size >= count), default=count)
-        rows = self._pad(chunks, size)
+        padded = self._pad(chunks, size)
         graph = self.decode_graphs.get(size)
         if graph is None:
-            return self._decode(*send([rows], self.device))
-        graph.inputs[0].copy_(stage(rows, self.device), non_blocking=True)
+            return self._decode(send([padded], self.device)[0])
+        graph.inputs[0].copy_(stage(padded, self.device), non_blocking=True)
         return graph.replay()
 
     def _pad(self, chunks: list[Chunk], size: int) -> Numbers:
@@ -84,15 +138,15 @@ class ModelRunner:
         rows[0, len(chunks) :] = self.seats.padding
         return rows
 
-    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
+    def _decode(self, rows: torch.Tensor, views: Seq[View] = ()) -> torch.Tensor:
         """One more token for each of the rows, int32 [ROW, n] -> [n]. Depends on n only, waits for nothing."""
         seats, lengths, _, _, steps = rows
         ids, positions, table = self._read_seats(rows)
         nothing = lengths.new_empty(0)
-        batch = Batch(len(seats), positions, nothing, table, lengths, nothing, 0)
-        return self._sample(self._forward(self.model.embed(ids), batch), seats, steps)
+        batch = Batch(len(seats), positions, nothing, table, lengths, nothing, 0, self._pages(seats))
+        return self._sample(self._forward(self.model.embed(ids), batch, views), seats, steps)
 
-    def _run_mixed(self, chunks: list[Chunk], shape: Shape) -> torch.Tensor:
+    def _run_mixed(self, chunks: list[Chunk], shape: Shape, views: list[View]) -> torch.Tensor:
         self.seats.enter([chunk.sequence for chunk in chunks if chunk.enters])
         places, blocks = send(table_entries(chunks, self.max_blocks), self.device)
         self.seats.tables.view(-1).scatter_(0, places.long(), blocks)
@@ -100,7 +154,7 @@ class ModelRunner:
         graph = self.mixed_graphs.get(shape)
         if graph is None:
             sent = packed.to(self.device, non_blocking=True)
-            return self._mixed(shape, sent, self._embed(chunks, MixedInput.unpack(sent, shape).ids))
+            return self._mixed(shape, sent, self._embed(chunks, MixedInput.unpack(sent, shape).ids), views)
         graph.inputs[0].copy_(packed, non_blocking=True)
         graph.inputs[1].copy_(self._embed(chunks, MixedInput.unpack(graph.inputs[0], shape).ids))
         return graph.replay()
@@ -120,15 +174,16 @@ class ModelRunner:
         (packed,) = send([pack_mixed([], shape, self.seats.padding, self.cache.block_size)], self.device)
         return packed, self.model.embed(packed.new_zeros(shape.tokens, dtype=torch.int64))
 
-    def _mixed(self, shape: Shape, packed: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    def _mixed(self, shape: Shape, packed: torch.Tensor, prompts: torch.Tensor, views: Seq[View] = ()) -> torch.Tensor:
         """A pass with prompts, whose embeddings are given -> [singles + chunks] tokens. Depends on the shape only."""
         given = MixedInput.unpack(packed, shape)
         ids, _, table = self._read_seats(given.rows)
         hidden = torch.cat((self.model.embed(ids[: shape.singles]), prompts))
+        lengths, pages = given.rows[1], self._pages(given.rows[0, : shape.singles])
         batch = Batch(
-            shape.singles, given.positions, given.slots.long(), table, given.rows[1], given.starts, shape.tokens
+            shape.singles, given.positions, given.slots.long(), table, lengths, given.starts, shape.tokens, pages
         )
-        hidden = self._forward(hidden, batch)[given.last_rows.long()]
+        hidden = self._forward(hidden, batch, views)[given.last_rows.long()]
         return self._sample(hidden, *given.sampling)
 
     def _read_seats(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,10 +191,10 @@ class ModelRunner:
         kept = self.seats.tokens, self.seats.tables
         return self.model.kernels.read_seats(seats, lengths, positions, blocks, *kept, self.cache.block_size)
 
-    def _forward(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _forward(self, hidden: torch.Tensor, batch: Batch, views: Seq[View] = ()) -> torch.Tensor:
         model = self.model
         attention = PagedAttention(model.kernels, self.cache, model.rotary, batch, model.config)
-        return model(hidden, attention)  # type: ignore[no-any-return]
+        return model(hidden, CrossModalAttention(attention, views) if views else attention)  # type: ignore[no-any-return]
 
     def _sample(self, hidden: torch.Tensor, seats: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         kept = self.seats.records, self.seats.marks, self.seats.tokens

@@ -27,6 +27,7 @@ class Chunk:
     samples: bool  # the pass yields the sequence's next token
     enters: bool  # the first chunk since the sequence got its seat
     decodes: bool  # one token, which an earlier pass has left in the seat
+    thins: bool  # with it the prompt is computed, and its keys are thinned out
 
     @property
     def end(self) -> int:
@@ -102,17 +103,17 @@ class Scheduler:
             sequence.entered, sequence.decodes = True, chunk.samples
             sequence.pending += chunk.samples
             sequence.in_flight += 1
+            if chunk.thins:
+                self._move(sequence)
 
     def complete(self, chunk: Chunk) -> None:
         """Note that the chunk's keys and values are written, and name the blocks that are full now."""
         sequence = chunk.sequence
         sequence.in_flight -= 1
         sequence.pending -= chunk.samples
-        if sequence.seat is None or not self.prefix_cache:  # it was pushed out, and has given its blocks back
+        if sequence.seat is None or sequence.thinned:  # it has given the blocks of this pass back
             return
-        for index in range(sequence.published, chunk.end // self.block_size):
-            self.pool.publish(sequence.blocks[index], sequence.key(index, self.block_size))
-            sequence.published = index + 1
+        self._publish(sequence, chunk.end)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and give back its blocks and its seat."""
@@ -125,10 +126,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """See `BlockPool.check_integrity`; also that waiting sequences hold nothing and running ones enough."""
-        self.pool.check_integrity([sequence.blocks for sequence in self])
+        self.pool.check_integrity([sequence.blocks + sequence.thin_blocks for sequence in self])
         if any(sequence.blocks for sequence in self.waiting):
             raise RuntimeError("a waiting sequence holds blocks")
-        if any(len(s.blocks) * self.block_size < s.computed for s in self.running):
+        if any(len(s.blocks) * self.block_size < s.computed - s.dropped for s in self.running):
             raise RuntimeError("a running sequence has computed more tokens than its blocks hold")
         taken = [-1 if sequence.seat is None else sequence.seat for sequence in self.running]
         if sorted([*self._seats, *taken]) != list(range(self.max_batch_size)):
@@ -141,9 +142,32 @@ class Scheduler:
     def _extend(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.computed
         length = min(sequence.remaining, budget)
+        if sequence.to_thin:  # what follows the prompt sees the keys that are left
+            length = min(length, sequence.prompt_length - start)
         end = start + length
-        sequence.blocks += self.pool.allocate(self._blocks(end) - len(sequence.blocks))
-        return Chunk(sequence, start, length, end == sequence.length, not sequence.entered, sequence.decodes)
+        sequence.blocks += self.pool.allocate(self._blocks(end - sequence.dropped) - len(sequence.blocks))
+        thins = sequence.to_thin and end == sequence.prompt_length
+        if thins:
+            sequence.thin_blocks = self.pool.allocate(self._blocks(end - sequence.superfluous))
+        return Chunk(sequence, start, length, end == sequence.length, not sequence.entered, sequence.decodes, thins)
+
+    def _move(self, sequence: Sequence) -> None:
+        """Go over to the blocks of a prompt that has been thinned out; the others stay for whoever begins alike.
+
+        They are named before they are known to be written: who finds them is launched later.
+        """
+        self._publish(sequence, sequence.prompt_length)
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.thin_blocks = sequence.thin_blocks, []
+        sequence.thinned, sequence.dropped, sequence.attention = True, sequence.superfluous, None
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Name the content of full blocks up to token `end`."""
+        if not self.prefix_cache:
+            return
+        for index in range(sequence.published, min(end, sequence.nameable) // self.block_size):
+            self.pool.publish(sequence.blocks[index], sequence.key(index, self.block_size))
+            sequence.published = index + 1
 
     def _lacks(self, sequence: Sequence) -> int:
         """Blocks that are missing before a waiting sequence can be admitted; at most 0 when it can."""
@@ -192,18 +216,19 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         # A pass in flight may still write to the blocks: whatever is launched later comes after it.
-        self.pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks + sequence.thin_blocks)
         if sequence.seat is not None:
             self._seats.append(sequence.seat)
-        sequence.blocks, sequence.seat = [], None
-        sequence.entered = sequence.decodes = False
-        sequence.computed = sequence.published = 0
+        sequence.blocks, sequence.thin_blocks, sequence.seat = [], [], None
+        sequence.entered = sequence.decodes = sequence.thinned = False
+        sequence.computed = sequence.published = sequence.dropped = 0
+        sequence.attention = None
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold the sequence's beginning. Its last token is always computed: its logits are needed."""
+        """Blocks that hold the sequence's beginning."""
         if not self.prefix_cache:
             return []
-        count = (len(sequence.tokens) - 1) // self.block_size
+        count = sequence.reusable // self.block_size
         return self.pool.match([sequence.key(index, self.block_size) for index in range(count)])
 
     def _blocks(self, tokens: int) -> int:
@@ -211,7 +236,10 @@ class Scheduler:
 
     def _worst_case(self, sequence: Sequence) -> int:
         # The last token's keys and values are never needed, so max_length - 1 tokens are stored at the most.
-        return self._blocks(max(sequence.max_length - 1, sequence.prompt_length))
+        stored = max(sequence.max_length - 1, sequence.prompt_length)
+        if sequence.to_thin:  # for a moment it holds the whole prompt and what is left of it
+            return self._blocks(sequence.prompt_length) + self._blocks(stored - sequence.superfluous)
+        return self._blocks(stored - sequence.dropped)
 
     def _outstanding(self, sequence: Sequence) -> int:
-        return self._worst_case(sequence) - len(sequence.blocks)
+        return self._worst_case(sequence) - len(sequence.blocks) - len(sequence.thin_blocks)

@@ -8,7 +8,7 @@ import torch
 
 from autoglm.kernels.records import IN_PROMPT, WIDTH, record
 from autoglm.llm.sequence import Sequence
-from autoglm.llm.transfer import send
+from autoglm.llm.transfer import Numbers, send
 from autoglm.sampling import SamplingParams
 
 
@@ -19,8 +19,15 @@ class Seats:
     know, the sampled tokens, and what is too much to send each time.
     """
 
-    def __init__(self, count: int, vocab: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, count: int, vocab: int, max_blocks: int, device: torch.device, paging: int | None = None
+    ) -> None:
+        """`paging` is the size of blocks among which sequences may choose; None: nobody does."""
         self.padding = count
+        self.paging = paging
+        if paging is not None:
+            self.visual = torch.zeros(count + 1, max_blocks, dtype=torch.int32, device=device)  # see `choose_pages`
+            self.kept = torch.zeros(count + 1, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last sampled
         self.tables = torch.zeros(count + 1, max_blocks, dtype=torch.int32, device=device)  # blocks
         self.marks = torch.zeros(count + 1, vocab, dtype=torch.int32, device=device)  # see `records`
@@ -44,6 +51,15 @@ class Seats:
         seats, rows, where, values = send([np.array(array, np.int32) for array in arrays], self.tokens.device)
         self.records.index_copy_(0, seats.long(), rows.view(-1, WIDTH))
         self.marks.view(-1).scatter_(0, where.long(), values)
+        if self.paging is not None:
+            blocks = [visual_blocks(sequence, self.paging, self.visual.shape[1]) for sequence in sequences]
+            counts = [
+                0 if sequence.sparsity is None else sequence.sparsity.kept(int(own.sum()))
+                for sequence, own in zip(sequences, blocks, strict=True)
+            ]
+            visual, kept = send([np.stack(blocks), np.array(counts, np.int32)], self.tokens.device)
+            self.visual.index_copy_(0, seats.long(), visual)
+            self.kept.index_copy_(0, seats.long(), kept)
 
 
 def count_marks(sequence: Sequence) -> Counter[int]:
@@ -52,6 +68,15 @@ def count_marks(sequence: Sequence) -> Counter[int]:
     if sequence.request.sampling.repetition_penalty != 1:
         for token in set(sequence.tokens[: sequence.prompt_length]):
             found[token] += IN_PROMPT
+    return found
+
+
+def visual_blocks(sequence: Sequence, block_size: int, max_blocks: int) -> Numbers:
+    """int32 [max_blocks], 1 for blocks of visual keys only, of sequences that choose among them."""
+    found = np.zeros(max_blocks, np.int32)
+    if sequence.sparsity is not None and sequence.sparsity.mode == "pages":
+        for span in sequence.media:
+            found[-(-span.start // block_size) : (span.start + span.length) // block_size] = 1
     return found
 
 

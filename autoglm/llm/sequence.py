@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from autoglm.errors import RequestError
 from autoglm.llm.prefix_keys import MediaSpan, prefix_key
+from autoglm.llm.sparsity import WINDOW, Sparsity
 from autoglm.llm.stop import StopStrings
 from autoglm.sampling import SamplingParams
 
@@ -78,6 +79,9 @@ class Sequence:
 
     Passes run ahead of what is known: `computed` counts what the passes launched so far compute, and `pending` the
     tokens that they sample and that have not come back. At most one is pending when a pass is chosen.
+
+    Where the sequence's keys are thinned out (`snap`), `dropped` counts those that `blocks` have no more: from there on
+    a token's place in the cache is its index less these. Its position stays what it was.
     """
 
     def __init__(
@@ -89,16 +93,24 @@ class Sequence:
         detokenizer: Detokenizer,
         stop_ids: frozenset[int],
         max_tokens: int,
+        sparsity: Sparsity | None = None,
     ) -> None:
+        """`sparsity` is None for what has no images, or sees all of them."""
         self.request = request
         self.tokens = list(request.token_ids)
         self.prompt_length = len(self.tokens)
         self.positions = positions  # int32 [3, prompt_length]
         self.next_position = next_position
         self.media = media
+        self.sparsity = sparsity
+        self.visual = sum(span.length for span in media)
         self.max_length = self.prompt_length + max_tokens
         self.computed = 0
         self.blocks: list[int] = []
+        self.thin_blocks: list[int] = []  # where the pass that is being launched puts the keys that stay
+        self.thinned = False
+        self.dropped = 0
+        self.attention: torch.Tensor | None = None  # fp32 [layers, kv_heads, visual], what the window gave so far
         self.keys: list[bytes] = []
         self.published = 0
         self.cached_tokens = 0
@@ -129,6 +141,37 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that a pass is still to compute; the last one of the longest answer never needs to be."""
         return 0 if self.length == self.max_length else self.length - self.computed
+
+    @property
+    def window(self) -> int:
+        """Where the text begins that chooses among visual keys under `snap`."""
+        behind = max((span.start + span.length for span in self.media), default=0)
+        return max(behind, self.prompt_length - WINDOW)
+
+    @property
+    def to_thin(self) -> bool:
+        """Whether keys of the prompt are still to be left behind. Needs text behind the last image, and tokens of an
+        answer that will look at what is left."""
+        snaps = self.sparsity is not None and self.sparsity.mode == "snap"
+        useful = self.window < self.prompt_length < self.max_length - 1
+        return snaps and not self.thinned and useful
+
+    @property
+    def superfluous(self) -> int:
+        """Visual keys that `snap` leaves behind."""
+        return 0 if self.sparsity is None else self.visual - self.sparsity.kept(self.visual)
+
+    @property
+    def reusable(self) -> int:
+        """Tokens at the start that may be found in the prefix cache. The last is always computed: its logits are
+        needed; so is the window of `snap`."""
+        return self.window if self.to_thin else len(self.tokens) - 1
+
+    @property
+    def nameable(self) -> int:
+        """Tokens at the start whose keys are what their names say, see `sparsity`."""
+        limited = self.sparsity is not None and self.sparsity.mode in ("pages", "snap")
+        return self.prompt_length if limited else self.max_length
 
     def key(self, index: int, block_size: int) -> bytes:
         """The name of the content of block `index`, whose tokens are all known."""
@@ -177,7 +220,7 @@ class Sequence:
         first = self.first_token_at or now
         return Usage(
             prompt_tokens=self.prompt_length,
-            image_tokens=sum(span.length for span in self.media),
+            image_tokens=self.visual,
             completion_tokens=len(self.tokens) - self.prompt_length,
             cached_tokens=self.cached_tokens,
             queue_ms=(scheduled - self.request.arrival) * 1e3,

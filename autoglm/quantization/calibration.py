@@ -25,7 +25,7 @@ from autoglm.kernels import Activation, Kernels, Weight
 from autoglm.llm.positions import prompt_positions
 from autoglm.llm.prefill import prefill
 from autoglm.messages import read_messages
-from autoglm.vision.encoder import ImageFile, VisionEncoder
+from autoglm.vision.encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from autoglm.llm.model import LanguageModel
@@ -195,8 +195,7 @@ class _Samples:
         ids = torch.tensor(prompt.token_ids, device=device)
         hidden = self.model.embed(ids)
         if prompt.images:
-            files = [ImageFile(image.data, image.grid, image.name) for image in prompt.images]
-            (features,) = self._vision().encode([files])
+            (features,) = self._vision().encode([prompt.images])
             if isinstance(features, RequestError):
                 raise features
             hidden[ids == checkpoint.image_token_id] = features.to(hidden)

@@ -1,5 +1,7 @@
 """From an image to the ViT's patches: exactly what transformers' `Glm4vImageProcessorPil` computes.
 
+`patches` computes it with Pillow, `device_patches` on a device from the pixels; their results are equal, bit for bit.
+
 Of transformers' two backends this follows the Pillow one, bit for bit. The other, torchvision's (transformers' default
 where torchvision is installed), resizes with torch's antialiased bicubic kernel and lies this far off, in levels of
 0-255 (1 level is 0.015 after normalisation):
@@ -14,10 +16,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm.errors import Exact, invalid
+from autoglm.kernels import choose
+from autoglm.vision.resample import resize
 
 if TYPE_CHECKING:
     from autoglm.checkpoint import ImageLimits
@@ -83,6 +88,29 @@ def patches(image: Image.Image, size: tuple[int, int], limits: ImageLimits) -> N
             for frame in range(frames):
                 target[:, :, :, channel, frame] = values
     return result.reshape(rows * columns * merge * merge, 3 * frames * patch * patch)
+
+
+def device_patches(
+    pixels: torch.Tensor, size: tuple[int, int], limits: ImageLimits, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`patches` of pixels that lie on a device, where everything is computed.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        size: (height, width) in pixels to which it is resized, bicubic whatever `limits.resample` says.
+
+    Returns:
+        [N, 1176] in `dtype`, on the device; nothing waits for it.
+    """
+    levels = _device_levels(limits, pixels.device, dtype)
+    patch, merge, frames = limits.patch_size, limits.merge_size, limits.temporal_patch_size
+    return choose(pixels.device).patchify(resize(pixels, size), levels, patch, merge, frames)
+
+
+@lru_cache(maxsize=4)
+def _device_levels(limits: ImageLimits, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[3, 256] in `dtype`: a level is rounded once, as a whole image would be."""
+    return torch.from_numpy(_normalised_levels(limits)).to(device, dtype)
 
 
 @lru_cache(maxsize=4)

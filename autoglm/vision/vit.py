@@ -1,20 +1,25 @@
 """The vision transformer of GLM-4.1V: patches of images in, embeddings for the language model out.
 
-Module names follow the checkpoint's (`model.visual.*`).
+What is computed where is the business of `Kernels`. Module names follow the checkpoint's (`model.visual.*`), but for
+gate and up, which are one product here.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from autoglm.checkpoint import Checkpoint, VisionConfig
-from autoglm.layers import RMSNorm
+from autoglm.kernels import Activation, Kernels, Packing, choose, reference
+from autoglm.layers import Linear, RMSNorm, fit
+from autoglm.quantization.linear import Int8Linear
 from autoglm.weights import load_parameters, read_weights
 
 Grid = tuple[int, int, int]
+
+KEPT_SHAPES = 4  # whose positions stay on the device: 50 MB for a screenshot of 1080x2400
 
 
 class SwiGLU(nn.Module):
@@ -22,12 +27,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, width, bias=False)
-        self.up_proj = nn.Linear(size, width, bias=False)
-        self.down_proj = nn.Linear(width, size, bias=False)
+        self.gate_up_proj: Linear = nn.Linear(size, 2 * width, bias=False)
+        self.down_proj: Linear = nn.Linear(width, size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+    def forward(self, x: Activation, kernels: Kernels) -> torch.Tensor:
+        """[N, size] -> partial sums [S, N, size]."""
+        down = self.down_proj.weight
+        return kernels.linear(fit(kernels.gate_up(x, self.gate_up_proj.weight), down, kernels), down)
 
 
 class Attention(nn.Module):
@@ -36,22 +42,16 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv: Linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.proj: Linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """x [N, C]; rope [2, N, 1, head_dim] fp32; runs: (images, patches of each), neighbours of equal length."""
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)  # [N, heads, head_dim]
-        q, k = rotate(q, rope), rotate(k, rope)
-        parts = []
-        start = 0
-        for images, length in runs:
-            part = slice(start, start + images * length)
-            query, key, value = (t[part].view(images, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
-            mixed = F.scaled_dot_product_attention(query, key, value)
-            parts.append(mixed.transpose(1, 2).reshape(images * length, -1))
-            start = part.stop
-        return self.proj(torch.cat(parts))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Activation, angles: torch.Tensor, packing: Packing, dtype: torch.dtype, kernels: Kernels
+    ) -> torch.Tensor:
+        """[N, C] -> partial sums [S, N, C]; angles fp32 [2, N, head_dim / 2]."""
+        qkv = kernels.linear(x, self.qkv.weight, self.qkv.bias)
+        mixed = kernels.image_attention(*kernels.rotate_heads(qkv, angles, self.heads, dtype), packing)
+        return kernels.linear(fit(mixed, self.proj.weight, kernels), self.proj.weight)
 
 
 class Block(nn.Module):
@@ -64,9 +64,22 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = SwiGLU(config.hidden_size, config.out_hidden_size)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), rope, runs)
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        branch: torch.Tensor | None,
+        residual: torch.Tensor,
+        angles: torch.Tensor,
+        packing: Packing,
+        kernels: Kernels,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns the branch [S, N, C] that is still to be added, and the residual [N, C]."""
+        rows, dtype = residual.shape[0], residual.dtype
+        quantized = kernels.quantizes(self.attn.qkv.weight, rows)
+        x, residual = kernels.add_norm(branch, residual, None, self.norm1.weight, self.norm1.eps, quantized)
+        branch = self.attn(x, angles, packing, dtype, kernels)
+        quantized = kernels.quantizes(self.mlp.gate_up_proj.weight, rows)
+        x, residual = kernels.add_norm(branch, residual, None, self.norm2.weight, self.norm2.eps, quantized)
+        return self.mlp(x, kernels), residual
 
 
 class PatchEmbed(nn.Module):
@@ -106,21 +119,21 @@ class Merger(nn.Module):
         size = config.out_hidden_size
         self.proj = nn.Linear(size, size, bias=False)
         self.post_projection_norm = nn.LayerNorm(size)
-        self.gate_proj = nn.Linear(size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         x = F.gelu(self.post_projection_norm(self.proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(kernels.gate_up(Activation(x), self.gate_up_proj.weight))  # type: ignore[no-any-return]
 
 
 class VisionTransformer(nn.Module):
     """Embeds any number of images, packed without padding."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels = reference) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.patch_embed = PatchEmbed(config)
         self.post_conv_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embeddings = PositionEmbedding(config)
@@ -129,14 +142,21 @@ class VisionTransformer(nn.Module):
         merge = config.spatial_merge_size
         self.downsample = nn.Conv2d(config.hidden_size, config.out_hidden_size, merge, stride=merge)
         self.merger = Merger(config)
+        self._shapes: OrderedDict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "VisionTransformer":
-        """The checkpoint's ViT, its weights cast to `dtype` on `device`."""
+    def load(
+        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, int8: bool = False
+    ) -> "VisionTransformer":
+        """The checkpoint's ViT, its weights cast to `dtype` on `device`; with `int8` those of the blocks' products
+        are rounded to 8 bits, one scale for each row."""
         with torch.device("meta"):
-            model = cls(checkpoint.vision)
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        load_parameters(model, read_weights(checkpoint, ("model.visual.",), device), {"model.visual.": ""})
+            model = cls(checkpoint.vision, choose(device)).to(dtype)
+            if int8:
+                hold_int8(model)
+        model = model.to_empty(device=device).requires_grad_(False).eval()
+        weights = read_weights(checkpoint, ("model.visual.",), device)
+        load_parameters(model, weights, {"model.visual.": ""}, fused_rows(checkpoint.vision))
         return model
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
@@ -149,25 +169,65 @@ class VisionTransformer(nn.Module):
         Returns:
             [N / merge^2, out_hidden_size], images one after another, rows of merge blocks.
         """
-        shapes: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        for _, height, width in grids:
-            if (height, width) not in shapes:
-                rows, cols = block_order(height, width, self.config.spatial_merge_size, patches.device)
-                rope = rotary_table(rows, cols, self.config.head_dim, self.config.rope_theta)
-                shapes[height, width] = self.embeddings(rows, cols, height, width), rope
-        x = self.post_conv_layernorm(self.patch_embed(patches))
-        x = x + torch.cat([shapes[height, width][0] for _, height, width in grids])
-        rope = torch.cat([shapes[height, width][1] for _, height, width in grids], dim=1)
-        lengths = [height * width for _, height, width in grids]
-        runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+        kernels = self.kernels
+        shapes = [self._shape(height, width, patches.device) for _, height, width in grids]
+        angles = torch.cat([angles for _, angles in shapes], dim=1)
+        packing = kernels.pack(tuple(height * width for _, height, width in grids), patches.device)
+        norm = self.post_conv_layernorm
+        x, _ = kernels.add_norm(None, self.patch_embed(patches), None, norm.weight, norm.eps, False)
+        residual = x.values + torch.cat([positions for positions, _ in shapes])
+        branch = None
         for block in self.blocks:
-            x = block(x, rope, runs)
-        x = self.post_layernorm(x)
+            branch, residual = block(branch, residual, angles, packing, kernels)
+        norm = self.post_layernorm
+        last, _ = kernels.add_norm(branch, residual, None, norm.weight, norm.eps, False)
         group = self.config.spatial_merge_size**2
         # The convolution's weight is [out, C, 2, 2]: put each group's channels before its places.
-        x = x.view(-1, group, x.shape[-1]).transpose(1, 2).flatten(1)
-        x = F.linear(x, self.downsample.weight.flatten(1), self.downsample.bias)
-        return self.merger(x)  # type: ignore[no-any-return]
+        places = last.values.view(-1, group, self.config.hidden_size).transpose(1, 2).flatten(1)
+        merged = F.linear(places, self.downsample.weight.flatten(1), self.downsample.bias)
+        return self.merger(merged, kernels)  # type: ignore[no-any-return]
+
+    def _shape(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position embeddings [n, C] and rotary angles of an image; while weights rest, those of the last few shapes
+        are kept."""
+        weight = self.embeddings.position_embedding.weight
+        found = None if weight.requires_grad else self._shapes.pop((height, width), None)
+        if found is None:
+            rows, cols = block_order(height, width, self.config.spatial_merge_size, device)
+            angles = rotary_angles(rows, cols, self.config.head_dim, self.config.rope_theta)
+            found = self.embeddings(rows, cols, height, width), angles
+        if not weight.requires_grad:
+            self._shapes[height, width] = found
+            if len(self._shapes) > KEPT_SHAPES:
+                self._shapes.popitem(last=False)
+        return found
+
+
+def hold_int8(model: VisionTransformer) -> None:
+    """Put INT8 layers, whose memory is not filled, in the place of the blocks' linear ones."""
+    for layer in list(model.blocks.modules()):
+        for name, linear in layer.named_children():
+            if isinstance(linear, nn.Linear):
+                bias = None if linear.bias is None else linear.bias.dtype
+                setattr(layer, name, Int8Linear(linear.in_features, linear.out_features, bias, True, False))
+
+
+def fused_rows(config: VisionConfig) -> dict[str, tuple[str, slice]]:
+    """Where gate and up lie in the products that they are here."""
+    return {
+        f"{owner}.{part}_proj": (f"{owner}.gate_up_proj", slice(start * width, (start + 1) * width))
+        for owner, width in (("mlp", config.out_hidden_size), ("merger", config.intermediate_size))
+        for start, part in enumerate(("gate", "up"))
+    }
+
+
+def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter under the checkpoint's names: gate and up apart."""
+    if "gate_up_proj" in name:
+        for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+            yield name.replace("gate_up_proj", f"{part}_proj"), rows
+    else:
+        yield name, tensor
 
 
 def block_order(height: int, width: int, merge: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,18 +237,9 @@ def block_order(height: int, width: int, merge: int, device: torch.device) -> tu
     return places // width, places % width
 
 
-def rotary_table(rows: torch.Tensor, cols: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
-    """Cosines and sines of the 2D rotary embedding, [2, n, 1, head_dim] in fp32: angles [row, col, row, col]."""
+def rotary_angles(rows: torch.Tensor, cols: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """Cosines and sines of the 2D rotary embedding, fp32 [2, n, head_dim / 2]: angles by row, then by column."""
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, device=rows.device, dtype=torch.float32) / half)
-    angles = torch.cat((rows[:, None] * frequencies, cols[:, None] * frequencies), dim=-1).repeat(1, 2)
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
-
-
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of the last dimension against each other, in fp32. x [n, heads, head_dim]."""
-    cos, sin = rope
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned: torch.Tensor = wide * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned.to(x.dtype)
+    angles = torch.cat((rows[:, None] * frequencies, cols[:, None] * frequencies), dim=-1)
+    return torch.stack((angles.cos(), angles.sin()))

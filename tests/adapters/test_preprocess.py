@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from autoglm.config import ConfigError
 from autoglm.media import media_hash
 from tests.adapters import fake_pb_utils as pb
 from tests.conftest import Pair
@@ -204,6 +205,56 @@ def test_a_fault_of_the_server_keeps_its_details_in_the_log(model: Any, monkeypa
     assert error.code() == pb.TritonError.INTERNAL and "secret" not in error.message()
     assert refused.error().code() == pb.TritonError.INVALID_ARG
     assert any(level == "error" and "secret/path" in message for level, message in pb.Logger.records)
+
+
+def grid(model: Any, parameters: dict[str, Any] | None = None, file: bytes = SCREEN) -> list[int]:
+    (row,) = answer(model, request(parameters, PROMPT=["x"], IMAGES=[file]))["IMAGE_GRIDS"].as_numpy().tolist()
+    (only,) = row
+    assert isinstance(only, list)
+    return only
+
+
+def test_pixel_limits_of_a_request(model: Any) -> None:
+    """They change the grid, and with it the tokens and the hash; limits that change nothing give the same hash."""
+    assert grid(model) == [1, 12, 6]
+    assert grid(model, {"max_pixels": 2 * 84 * 84}) == [1, 8, 4]
+    assert grid(model, {"min_pixels": 2 * 168 * 336}) == [1, 24, 12]
+    hashes, counts = [], []
+    for parameters in ({}, {"max_pixels": 2 * 84 * 84}, {"max_pixels": 100_000}):
+        response = answer(model, request(parameters, PROMPT=["x"], IMAGES=[SCREEN]))
+        hashes.append(response["IMAGE_HASHES"].as_numpy()[0, 0])
+        counts.append((response["PROMPT_IDS"].as_numpy() == model.renderer.checkpoint.image_token_id).sum())
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert counts == [18, 8, 18]
+
+
+@pytest.mark.parametrize("parameters, says", [
+    ({"max_pixels": 9_633_793}, "max_pixels: got 9633793; allowed: an integer from 1568 to 9633792"),
+    ({"max_pixels": 1567}, "max_pixels: got 1567"),
+    ({"max_pixels": "many"}, "max_pixels: got 'many'"),
+    ({"max_pixels": 1e6}, "max_pixels: got 1000000.0"),
+    ({"max_pixels": True}, "max_pixels: got True"),
+    ({"min_pixels": 0}, "min_pixels: got 0"),
+    ({"min_pixels": -5}, "min_pixels: got -5"),
+    ({"min_pixels": 30_000, "max_pixels": 20_000}, "min_pixels: got 30000; allowed: an integer from 1 to 20000"),
+    ({"max_pixel": 20_000}, "max_pixel"),
+])  # fmt: skip
+def test_pixel_limits_are_refused_by_name(model: Any, parameters: dict[str, Any], says: str) -> None:
+    assert says in fault(model, request(parameters, **GOOD))
+
+
+def test_the_servers_pixel_limits(start: Any) -> None:
+    model = start("limits: {max_pixels: 14112, min_pixels: 5000}")
+    assert grid(model) == [1, 8, 4]
+    assert grid(model, {"max_pixels": 1568}) == [1, 2, 2]
+    assert "an integer from 1568 to 14112" in fault(model, request({"max_pixels": 20_000}, **GOOD))
+    for text, says in (
+        ("max_pixels: 1000", "limits.max_pixels is 1000, it must be at least 1568"),
+        ("min_pixels: 9999999", "limits.min_pixels is 9999999, more than max_pixels, 9633792"),
+        ("max_pixels: 2000", "limits.min_pixels is 12544, more than max_pixels, 2000"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            start(f"limits: {{{text}}}")
 
 
 def test_limits_come_from_the_configuration(start: Any) -> None:

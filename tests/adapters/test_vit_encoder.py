@@ -1,5 +1,6 @@
-"""The vision adapter through a stand-in for pb_utils: batches of requests, zero images, faults of one request."""
+"""The vision adapter through a stand-in for pb_utils: batches of requests, zero images, faults, the cache's metrics."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from autoglm.media import media_hash
+from autoglm.metrics import INTERVAL
 from autoglm.vision.encoder import FEATURE_DTYPE
+from autoglm.vision.feature_cache import FeatureCache
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
 from autoglm.vision.vit import VisionTransformer
-from tests.adapters.fake_pb_utils import InferenceRequest, Tensor, bytes_tensor, load_adapter
+from tests.adapters.fake_pb_utils import InferenceRequest, MetricFamily, Tensor, bytes_tensor, load_adapter
 from tests.conftest import Pair
 from tests.images import encode, picture
 
@@ -20,6 +24,7 @@ SIZES = [(60, 90), (200, 100), (57, 57)]
 
 @pytest.fixture(scope="module")
 def model(plain: Pair) -> Iterator[Any]:
+    MetricFamily.families.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOGLM_CHECKPOINT", str(plain.checkpoint.path))
         patch.delenv("AUTOGLM_CONFIG", raising=False)
@@ -36,6 +41,7 @@ def make_request(plain: Pair, files: list[bytes], sizes: list[tuple[int, int]], 
         [
             bytes_tensor("IMAGE_FILES", files, (1, len(files))),
             Tensor("IMAGE_GRIDS", np.array(grids, np.int32).reshape(1, len(files), 3)),
+            bytes_tensor("IMAGE_HASHES", list(map(media_hash, files, grids)), (1, len(files))),
             bytes_tensor("IMAGE_NAMES", [f"IMAGES[{i}]" for i in range(len(files))], (1, len(files))),
         ],
         **options,
@@ -76,6 +82,7 @@ def test_small_passes_give_the_same(model: Any, plain: Pair, monkeypatch: pytest
     files = [encode(picture(*size)) for size in SIZES]
     whole = embeddings(model.execute([make_request(plain, files, SIZES)])[0])
     monkeypatch.setattr(model.encoder, "max_patches", 1)
+    monkeypatch.setattr(model.encoder, "cache", FeatureCache(torch.device("cpu"), 0))
     assert torch.equal(embeddings(model.execute([make_request(plain, files, SIZES)])[0]), whole)
 
 
@@ -99,6 +106,25 @@ def test_a_failing_pass_is_answered(model: Any, plain: Pair, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model.encoder, "_embed", fail)
-    response = model.execute([make_request(plain, [encode(picture(*SIZES[0]))], SIZES[:1])])[0]
-    assert response.error().message().startswith("INTERNAL")
+    monkeypatch.setattr(model.encoder, "_features", fail)
+    response = model.execute([make_request(plain, [encode(picture(*SIZES[0], seed=99))], SIZES[:1])])[0]
+    assert response.error().message() == "INTERNAL: IMAGES[0]: the vision encoder failed: out of memory"
+
+
+def test_metrics_of_the_cache(model: Any, plain: Pair) -> None:
+    """The same image twice in one request and once more in the next: encoded once."""
+    before = dict(vars(model.encoder.cache.stats))
+    file = encode(picture(*SIZES[0], seed=100))
+    twice = embeddings(model.execute([make_request(plain, [file, file], [SIZES[0]] * 2)])[0])
+    once = embeddings(model.execute([make_request(plain, [file], SIZES[:1])])[0])
+    assert torch.equal(twice, torch.cat((once, once), dim=1))
+    stats = model.encoder.cache.stats
+    assert (stats.hits - before["hits"], stats.misses - before["misses"]) == (2, 1)
+    time.sleep(2 * INTERVAL)
+    metrics = {name: family.metrics[0] for name, family in MetricFamily.families.items()}
+    assert metrics["autoglm_vision_cache_hits_total"].value() == stats.hits
+    assert metrics["autoglm_vision_cache_misses_total"].value() == stats.misses
+    assert metrics["autoglm_vision_cache_entries"].value() == stats.entries > 0
+    assert metrics["autoglm_vision_cache_bytes"].value() == stats.bytes >= once.nbytes
+    assert {metric.labels["device"] for metric in metrics.values()} == {"cpu"}
+    assert set().union(*(metric.threads for metric in metrics.values())) <= {"metrics"}

@@ -102,6 +102,9 @@ BAD_PARAMETERS: dict[str, dict[str, Any]] = {
     "ignore_eos as a number": {"ignore_eos": 1},
     "stream as text": {"stream": "yes"},
     "priority": {"request_priority": 11},
+    "max_pixels over the server's": {"max_pixels": 2**40},
+    "max_pixels below one token": {"max_pixels": 1000},
+    "min_pixels as text": {"min_pixels": "few"},
     "unknown": {"temprature": 0.5},
 }
 

@@ -22,7 +22,7 @@ from autoglm.llm.sequence import Request as EngineRequest
 from autoglm.messages import read_messages
 from autoglm.metrics import INTERVAL
 from autoglm.sampling import SamplingParams
-from autoglm.vision.encoder import ImageFile, VisionEncoder
+from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
 from tests.e2e.conftest import ROOT
 from tests.e2e.triton import Call, ask, metric
@@ -68,7 +68,7 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
     renderer = ChatRenderer(checkpoint, tokenizer, config.limits, config.engine.max_context, config.chat.content_format)
     prompt = renderer.render(read_messages(messages.encode(), files, config.limits, renderer.roles))
     encoder = VisionEncoder(checkpoint, config.vision, config.limits, CPU, torch.float32)
-    (features,) = encoder.encode([[ImageFile(image.data, image.grid, image.name) for image in prompt.images]])
+    (features,) = encoder.encode([prompt.images])
     assert isinstance(features, torch.Tensor)
     pieces: list[Output] = []
     params = SamplingParams.from_parameters({"max_tokens": 64, "ignore_eos": True}, {})

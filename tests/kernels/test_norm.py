@@ -33,6 +33,18 @@ def test_the_first_norm_has_no_branch_and_leaves_the_residual() -> None:
     torch.testing.assert_close(found.values, reference.rms_norm(residual, weight, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_branch_without_a_norm_is_added_as_it_is(dtype: torch.dtype) -> None:
+    branch, residual = torch.randn(2, 7, 96, device=DEVICE).to(dtype), torch.randn(7, 96, device=DEVICE).to(dtype)
+    weight = torch.randn(96, device=DEVICE).to(dtype)
+    step = 2**-5 if dtype == torch.bfloat16 else 1e-5  # the twin rounds a sum of parts before it adds it
+    for parts in (branch[:1], branch.float()):
+        wanted, wanted_residual = reference.add_norm(parts, residual, None, weight, 1e-5, False)
+        found, found_residual = norm.add_norm(parts, residual.clone(), None, weight, 1e-5, False)
+        torch.testing.assert_close(found_residual, wanted_residual, rtol=step, atol=step)
+        torch.testing.assert_close(found.values, wanted.values, rtol=step, atol=step)
+
+
 @pytest.mark.parametrize("rows, size", [(1, 13696), (17, 48), (4, 1), (130, 300)])
 def test_quantize_equals_its_twin(rows: int, size: int) -> None:
     x = torch.randn(rows, size, device=DEVICE) * torch.logspace(-3, 3, rows, device=DEVICE)[:, None]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import EngineConfig
+from autoglm.config import EngineConfig, SparseAttentionConfig
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
 from autoglm.sampling import SamplingParams
@@ -41,11 +41,18 @@ class Answer:
 class Harness:
     """An engine without its thread."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU, **changes: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device = CPU,
+        sparse_attention: SparseAttentionConfig | None = None,
+        **changes: Any,
+    ) -> None:
         self.checkpoint = checkpoint
-        self.engine = Engine(checkpoint, replace(SMALL, **changes), device, torch.float32)
+        config = replace(SMALL, **changes)
+        self.engine = Engine(checkpoint, config, device, torch.float32, sparse_attention=sparse_attention)
         for memory in (self.engine.runner.cache.keys, self.engine.runner.cache.values):
-            memory.fill_(torch.nan)
+            memory.view(torch.uint8).fill_(0xFF)  # NaN in every float
         self.vit = VisionTransformer.load(checkpoint, CPU, torch.float32)
         self.answers: dict[str, Answer] = {}
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode
 from autoglm.llm.batch import Batch
+from autoglm.llm.cross_attention import View
 from autoglm.llm.sequence import Output, Request
 from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
@@ -278,8 +280,8 @@ def test_too_little_memory_ends_the_prompts_of_its_pass_only(
     harness.submit(*few)
     forward = harness.engine.runner._forward
 
-    def fail_with_many(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        result = forward(hidden, batch)
+    def fail_with_many(hidden: torch.Tensor, batch: Batch, views: Sequence[View]) -> torch.Tensor:
+        result = forward(hidden, batch, views)
         if len(hidden) > 300:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         return result

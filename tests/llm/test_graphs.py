@@ -1,11 +1,14 @@
 """On a GPU: captured passes give the CPU's tokens, and steps neither wait, nor allocate, nor compile."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from autoglm.config import SparseAttentionConfig
+from autoglm.llm.sparsity import Mode
 from tests.conftest import Pair
 from tests.llm.harness import Harness
 from tests.llm.test_engine import mixed_requests
@@ -33,6 +36,20 @@ def test_tokens_are_the_cpu_s(plain: Pair, warm: Harness) -> None:
     assert warm.all_blocks_back()
 
 
+@pytest.mark.parametrize("mode", ["topk", "pages", "snap", "prune"])
+def test_sparse_tokens_are_the_cpu_s(plain: Pair, mode: Mode) -> None:
+    """Some may part where two keys or blocks are as strong as each other."""
+    config = SparseAttentionConfig(mode, 0.3, 1, 1)
+    cpu = Harness(plain.checkpoint, sparse_attention=config)
+    gpu = Harness(plain.checkpoint, GPU, config, max_batch_size=12, max_tokens_per_step=500)
+    gpu.engine.runner.capture(64)
+    cpu.run(*mixed_requests(cpu))
+    gpu.run(*mixed_requests(gpu))
+    same = [gpu.answers[name].token_ids == answer.token_ids for name, answer in cpu.answers.items()]
+    assert sum(same) >= 29
+    assert gpu.all_blocks_back()
+
+
 @pytest.fixture
 def nothing_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -48,6 +65,21 @@ def test_no_launch_waits(warm: Harness, nothing_waits: None) -> None:
             warm.submit(warm.request("later", random_text(60, 9), max_tokens=5))
         warm.engine.step()
     assert all(answer.last.error is None for answer in warm.answers.values())
+
+
+@pytest.mark.parametrize("mode", ["topk", "pages", "snap"])
+def test_no_sparse_launch_waits(plain: Pair, mode: Mode, request: pytest.FixtureRequest) -> None:
+    config = SparseAttentionConfig(mode, 0.3, 1, 1)
+    harness = Harness(plain.checkpoint, GPU, config, max_batch_size=12, max_tokens_per_step=500)
+    harness.engine.runner.capture(64)
+    requests = [harness.random_request(f"{i}", i, [(1, 16, 12)], max_tokens=9) for i in range(6)]
+    requests = [replace(r, embeddings=r.embeddings.to(GPU)) for r in requests if r.embeddings is not None]
+    harness.run(*requests[:3])  # what happens once happens here
+    harness.submit(*requests[3:])
+    request.getfixturevalue("nothing_waits")
+    for _ in range(8):
+        harness.engine.step()
+    assert all(answer.last.error is None for answer in harness.answers.values() if answer.pieces)
 
 
 def test_decode_steps_allocate_nothing(warm: Harness) -> None:

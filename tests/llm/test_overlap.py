@@ -234,4 +234,3 @@ def test_prompts_are_cut_short_while_others_decode(plain: Pair) -> None:
     assert lengths[:5] == [[100], [20], [1, 16], [1, 16], [1, 16]]
     assert max(map(sum, lengths)) == 100
     assert lengths[-2:] == [[90 - 5 * 16], [1]]
-

@@ -13,7 +13,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as
 
 from autoglm.checkpoint import ImageLimits
 from autoglm.errors import RequestError
-from autoglm.vision.image_processor import grid_of, patches, smart_resize, tokens_of
+from autoglm.vision.image_processor import device_patches, grid_of, patches, smart_resize, tokens_of
 
 PHOTOS = Path(__file__).parent / "photos"
 LIMITS = ImageLimits(
@@ -66,6 +66,10 @@ def test_patches_equal_transformers(image: Image.Image, limits: ImageLimits) -> 
     assert ours.dtype == np.float32 and expected["pixel_values"].dtype == np.float32
     assert grid_of(size, limits) == tuple(expected["image_grid_thw"][0])
     assert np.array_equal(ours, expected["pixel_values"])
+    pixels = torch.from_numpy(np.array(image))
+    assert np.array_equal(device_patches(pixels, size, limits).numpy(), ours)
+    rounded = device_patches(pixels, size, limits, torch.bfloat16)
+    assert torch.equal(rounded, torch.from_numpy(ours).bfloat16())
 
 
 def test_every_level_is_normalised_as_transformers_does() -> None:

@@ -15,10 +15,11 @@ from autoglm.device import choose_device
 from autoglm.errors import ErrorCode, RequestError, invalid
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
-from autoglm.metrics import Publisher
+from autoglm.metrics import ENGINE, Publisher
 from autoglm.responder import Responder
 from autoglm.sampling import SamplingParams
 from autoglm.triton import error_response, log_to_triton, read_parameters
+from autoglm.vision import pixel_limits
 
 STOP = "STOP"
 
@@ -33,7 +34,7 @@ class TritonPythonModel:
         self.checkpoint = Checkpoint.open(checkpoint_directory())
         self.engine = Engine.from_config(self.checkpoint, config, device, dtype)
         self.responder = Responder(pb_utils)
-        self.publisher = Publisher(pb_utils, self.engine.stats)
+        self.publisher = Publisher(pb_utils, self.engine.stats, ENGINE)
         # Callers choose their ids, and may choose one twice: the engine knows requests by numbers of our own.
         self._numbers = itertools.count()
         self._running: defaultdict[str, set[str]] = defaultdict(set)
@@ -56,7 +57,7 @@ class TritonPythonModel:
     def _take(self, request: Any, sender: Any) -> None:
         if request.is_cancelled():
             raise RequestError("cancelled before the language model was reached", ErrorCode.CANCELLED)
-        parameters = read_parameters(request)
+        parameters = pixel_limits.without(read_parameters(request))  # preprocess has obeyed those
         caller = request.request_id()
         number = str(next(self._numbers))
         if parameters.pop(STOP, False) is True:

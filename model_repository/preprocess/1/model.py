@@ -8,12 +8,13 @@ import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
 from autoglm.chat import ChatRenderer, Prompt
-from autoglm.checkpoint import Checkpoint
+from autoglm.checkpoint import Checkpoint, ImageLimits
 from autoglm.config import checkpoint_directory, load_config
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
 from autoglm.messages import read_messages, read_prompt
 from autoglm.sampling import SamplingParams
 from autoglm.triton import error_response, read_parameters
+from autoglm.vision import pixel_limits
 
 
 class TritonPythonModel:
@@ -38,13 +39,15 @@ class TritonPythonModel:
             if request.is_cancelled():
                 raise RequestError("cancelled before it was read", ErrorCode.CANCELLED)
             # Checked before the vision encoder is paid for; the language model reads them again.
-            SamplingParams.from_parameters(read_parameters(request), self.defaults)
-            prompt = self._prompt(request)
+            parameters = read_parameters(request)
+            image_limits = pixel_limits.request_limits(self.renderer.image_limits, parameters)
+            SamplingParams.from_parameters(pixel_limits.without(parameters), self.defaults)
+            prompt = self._prompt(request, image_limits)
         except Exception as error:
             return error_response(pb_utils, error)
         return pb_utils.InferenceResponse(_outputs(prompt, (time.perf_counter() - started) * 1000))
 
-    def _prompt(self, request: Any) -> Prompt:
+    def _prompt(self, request: Any, image_limits: ImageLimits) -> Prompt:
         if _elements(request, "AUDIO"):
             raise RequestError("AUDIO: speech input is not available yet; allowed: text in MESSAGES or PROMPT")
         messages, prompt = _elements(request, "MESSAGES"), _elements(request, "PROMPT")
@@ -56,7 +59,7 @@ class TritonPythonModel:
             chat = read_messages(_single(messages, "MESSAGES"), images, self.limits, self.renderer.roles)
         else:
             chat = read_prompt(_single(prompt or [], "PROMPT"), images, self.limits)
-        return self.renderer.render(chat)
+        return self.renderer.render(chat, image_limits)
 
 
 def _elements(request: Any, name: str) -> list[bytes] | None:

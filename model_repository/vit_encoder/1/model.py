@@ -11,8 +11,13 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import checkpoint_directory, load_config
 from autoglm.device import choose_device
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
+from autoglm.media import ImageFile
+from autoglm.metrics import VISION_CACHE, Publisher
 from autoglm.triton import error_response, log_to_triton
-from autoglm.vision.encoder import ImageFile, VisionEncoder
+from autoglm.vision.encoder import VisionEncoder
+from autoglm.weight_cache import WeightCache
+
+INPUTS = ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES")
 
 
 class TritonPythonModel:
@@ -23,7 +28,9 @@ class TritonPythonModel:
         config = load_config()
         device, dtype = choose_device(config.model, int(args["model_instance_device_id"] or 0))
         checkpoint = Checkpoint.open(checkpoint_directory())
-        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
+        weights = WeightCache.from_config(config.weight_cache)
+        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype, weights)
+        self.publisher = Publisher(pb_utils, self.encoder.cache.stats, VISION_CACHE, {"device": str(device)})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         started = time.perf_counter()
@@ -45,20 +52,19 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self.encoder.close()
+        self.publisher.close()
 
 
 def _read(request: Any) -> list[ImageFile] | RequestError:
     """The images of one request, or why they cannot be used."""
     if request.is_cancelled():
         return RequestError("cancelled before its images were encoded", ErrorCode.CANCELLED)
-    files, grids, names = (
-        pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-        for name in ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_NAMES")
-    )
-    if files.shape[0] != 1 or grids.shape != (1, files.shape[1], 3) or names.shape != files.shape:
-        got = Exact(f"{list(files.shape)}, {list(grids.shape)} and {list(names.shape)}")
-        return invalid("IMAGE_FILES, IMAGE_GRIDS, IMAGE_NAMES", got, "[1, n], [1, n, 3] and [1, n]")
+    inputs = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS]
+    shapes = [list(array.shape) for array in inputs]
+    allowed = [[1, inputs[0].shape[1], 3] if name == "IMAGE_GRIDS" else [1, inputs[0].shape[1]] for name in INPUTS]
+    if shapes != allowed:
+        return invalid(", ".join(INPUTS), Exact(shapes), f"such as {allowed}")
     return [
-        ImageFile(data, (int(t), int(h), int(w)), name.decode())
-        for data, (t, h, w), name in zip(files[0], grids[0], names[0], strict=True)
+        ImageFile(data, (int(t), int(h), int(w)), digest.decode(), name.decode())
+        for data, (t, h, w), digest, name in zip(*(array[0] for array in inputs), strict=True)
     ]

@@ -1,0 +1,276 @@
+"""The encoder around the ViT: what is decoded and encoded, how often, when weights are read, whose a fault is."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoglm.config import LimitsConfig, VisionSection
+from autoglm.errors import ErrorCode, RequestError
+from autoglm.media import ImageFile, decode_image, media_hash
+from autoglm.vision import encoder as encoder_module
+from autoglm.vision.encoder import VisionEncoder
+from autoglm.vision.image_processor import grid_of, smart_resize
+from autoglm.vision.vit import VisionTransformer
+from autoglm.weight_cache import WeightCache
+from tests.conftest import Pair
+from tests.images import encode, picture
+
+CPU = torch.device("cpu")
+SIZE = (60, 90)
+
+
+class Counting:
+    """Counts the calls of a function that it stands in for."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        return self.function(*arguments)
+
+
+@pytest.fixture
+def make_encoder(plain: Pair) -> Iterator[Callable[..., VisionEncoder]]:
+    made: list[VisionEncoder] = []
+
+    def make(**options: Any) -> VisionEncoder:
+        made.append(VisionEncoder(plain.checkpoint, VisionSection(**options), LimitsConfig(), CPU, torch.float32))
+        return made[-1]
+
+    yield make
+    for encoder in made:
+        encoder.close()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting(decode_image)
+    monkeypatch.setattr(encoder_module, "decode_image", counting)
+    return counting
+
+
+@pytest.fixture
+def image(plain: Pair) -> Callable[..., ImageFile]:
+    limits = plain.checkpoint.image_limits
+
+    def make(seed: int = 0, index: int = 0, data: bytes | None = None, size: tuple[int, int] = SIZE) -> ImageFile:
+        data = encode(picture(*size, seed=seed)) if data is None else data
+        grid = grid_of(smart_resize(size[1], size[0], limits), limits)
+        return ImageFile(data, grid, media_hash(data, grid), f"IMAGES[{index}]")
+
+    return make
+
+
+def features(result: torch.Tensor | RequestError) -> torch.Tensor:
+    assert isinstance(result, torch.Tensor), result
+    return result
+
+
+def fault(result: torch.Tensor | RequestError) -> str:
+    assert isinstance(result, RequestError)
+    return result.message
+
+
+def test_a_known_image_is_not_decoded(make_encoder: Any, image: Any, decoded: Counting) -> None:
+    encoder = make_encoder()
+    first = features(encoder.encode([[image(1)]])[0])
+    again = features(encoder.encode([[image(1, index=3)]])[0])
+    assert torch.equal(first, again)
+    assert len(decoded.calls) == 1
+    again.zero_()  # what is handed out is the caller's own
+    assert torch.equal(features(encoder.encode([[image(1)]])[0]), first)
+
+
+def test_the_same_image_in_one_batch_is_encoded_once(make_encoder: Any, image: Any, decoded: Counting) -> None:
+    encoder = make_encoder(feature_cache_mb=0)
+    results = [features(result) for result in encoder.encode([[image(1), image(2)], [image(1)], [image(2), image(1)]])]
+    assert len(decoded.calls) == 2
+    rows = len(results[1])
+    assert torch.equal(results[0], torch.cat((results[1], results[2][: len(results[0]) - rows])))
+    assert torch.equal(results[2][-rows:], results[1])
+
+
+def test_the_same_image_in_batches_at_the_same_time_is_encoded_once(
+    make_encoder: Any, image: Any, decoded: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(feature_cache_mb=0)
+    waiting, go = threading.Event(), threading.Event()
+    original = encoder._features
+
+    def slow(group: Any) -> Any:
+        waiting.set()
+        assert go.wait(10)
+        return original(group)
+
+    monkeypatch.setattr(encoder, "_features", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(encoder.encode, [[image(1)]])
+        assert waiting.wait(10)
+        second = threads.submit(encoder.encode, [[image(1)]])
+        while encoder.cache.stats.hits == 0:
+            pass
+        go.set()
+        assert torch.equal(features(first.result(10)[0]), features(second.result(10)[0]))
+    assert len(decoded.calls) == 1
+
+
+def test_batches_of_several_threads_do_not_disturb_each_other(make_encoder: Any, image: Any) -> None:
+    """The same few images again and again, none of them kept."""
+    encoder = make_encoder(feature_cache_mb=0)
+    wanted = [features(encoder.encode([[image(seed)]])[0]) for seed in range(3)]
+    with ThreadPoolExecutor(4) as threads:
+        seeds = [i % 3 for i in range(60)]
+        for seed, results in zip(seeds, threads.map(lambda seed: encoder.encode([[image(seed)]]), seeds), strict=True):
+            assert torch.equal(features(results[0]), wanted[seed])
+
+
+def test_another_grid_is_another_image(make_encoder: Any, image: Any, decoded: Counting) -> None:
+    encoder = make_encoder()
+    whole = image(1)
+    grid = (1, whole.grid[1] // 2, whole.grid[2])
+    half = replace(whole, grid=grid, hash=media_hash(whole.data, grid))
+    results = encoder.encode([[whole], [half]])
+    assert len(features(results[0])) == 2 * len(features(results[1]))
+    assert len(decoded.calls) == 2
+
+
+def test_a_shared_fault_names_each_requests_image_and_is_not_kept(make_encoder: Any, image: Any) -> None:
+    encoder = make_encoder()
+    broken = encode(picture(*SIZE))[:300]
+    results = encoder.encode([[image(1), image(data=broken, index=1)], [image(data=broken)], [image(1)]])
+    assert fault(results[0]).startswith("IMAGES[1]: got a truncated PNG")
+    assert fault(results[1]).startswith("IMAGES[0]: got a truncated PNG")
+    features(results[2])
+    assert encoder.cache.stats.entries == 1
+
+
+@pytest.mark.parametrize("data", [None, encode(picture(*SIZE))[:300]], ids=["good", "broken"])
+def test_nothing_of_a_request_stays(make_encoder: Any, image: Any, data: bytes | None) -> None:
+    """Neither the file nor an error's frames wait for the collector of cycles: files are large, and errors many."""
+    encoder = make_encoder()
+    gc.disable()
+    try:
+        file = image(7, data=data)
+        gone = weakref.ref(file)
+        results = encoder.encode([[file], [file]])
+        assert isinstance(results[0], torch.Tensor if data is None else RequestError)
+        del file, results
+        encoder.encode([[image(8)]] * 4)  # its threads forget their last task when they take another
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_lying_hash_puts_nothing_into_the_cache(make_encoder: Any, image: Any) -> None:
+    encoder = make_encoder()
+    (result,) = encoder.encode([[replace(image(1), hash=image(2).hash)]])
+    assert "IMAGES[0]: got a hash that is not this file's" in fault(result)
+    honest = features(encoder.encode([[image(2)]])[0])
+    assert torch.equal(honest, features(make_encoder().encode([[image(2)]])[0]))
+
+
+def test_a_failing_pass_ends_no_other(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(max_patches_per_pass=1)
+    original = encoder._features
+    bad = image(1, index=1)
+
+    def fail(group: Any) -> Any:
+        if group[0].key.endswith(bad.hash):
+            raise RuntimeError("out of memory")
+        return original(group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "_features", fail)
+        results = encoder.encode([[image(0), bad], [image(2)]])
+    assert fault(results[0]) == "IMAGES[1]: the vision encoder failed: out of memory"
+    assert isinstance(results[0], RequestError) and results[0].code is ErrorCode.INTERNAL
+    features(results[1])
+    features(encoder.encode([[bad]])[0])
+
+
+def test_decoding_runs_ahead_by_a_bounded_number(make_encoder: Any, image: Any, decoded: Counting) -> None:
+    """While a pass is filled or runs, no more images than that wait in memory."""
+    encoder = make_encoder(decode_threads=2, max_patches_per_pass=1)
+    taken = []
+    for group in encoder._passes(encoder._decoded([image(seed) for seed in range(20)])):
+        taken.append(group)
+        assert len(decoded.calls) <= len(taken) + 1 + 1 + 2 * 2
+    assert len(taken) == len(decoded.calls) == 20
+
+
+@pytest.mark.parametrize("loading", ["lazy", "preload"])
+def test_when_weights_are_read(make_encoder: Any, image: Any, loading: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Counting(VisionTransformer.load)
+    monkeypatch.setattr(VisionTransformer, "load", load)
+    encoder = make_encoder(loading=loading)
+    encoder.encode([[], []])
+    assert len(load.calls) == (loading == "preload")
+    with ThreadPoolExecutor(4) as threads:
+        for results in threads.map(lambda seed: encoder.encode([[image(seed)]]), range(4)):
+            features(results[0])
+    assert len(load.calls) == 1
+
+
+def test_weights_that_cannot_be_read_are_tried_again(
+    make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(loading="lazy")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTransformer, "load", fail)
+        assert fault(encoder.encode([[image(1)]])[0]) == "IMAGES[0]: the vision encoder failed: disk"
+    features(encoder.encode([[image(1)]])[0])
+
+
+def test_int8_weights_come_from_the_cache_the_second_time(
+    plain: Pair, image: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> VisionEncoder:
+        weights = WeightCache(tmp_path, 10**9)
+        return VisionEncoder(plain.checkpoint, VisionSection(int8=True), LimitsConfig(), CPU, torch.float32, weights)
+
+    encoders = [make()]
+    with monkeypatch.context() as patch:
+        patch.setattr("autoglm.vision.loading.load_parameters", lambda *_: pytest.fail("read from the checkpoint"))
+        encoders.append(make())
+    encoders.append(VisionEncoder(plain.checkpoint, VisionSection(int8=True), LimitsConfig(), CPU, torch.float32))
+    exact = VisionEncoder(plain.checkpoint, VisionSection(), LimitsConfig(), CPU, torch.float32)
+    first, *others = (features(encoder.encode([[image(1)]])[0]) for encoder in (*encoders, exact))
+    assert torch.equal(first, others[0]) and torch.equal(first, others[1])
+    assert not torch.equal(first, others[2])
+    for encoder in (*encoders, exact):
+        encoder.close()
+
+
+def test_resized_by_the_device_it_is_the_same(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, device = make_encoder(), make_encoder()
+    monkeypatch.setattr(device, "_device_resizes", True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # without a GPU there is no such memory
+    for images in ([image(1)], [image(2, size=(300, 200)), image(3, size=(57, 57))]):
+        assert torch.equal(features(device.encode([images])[0]), features(host.encode([images])[0]))
+
+
+def test_the_warm_up_encodes_each_size(make_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder()
+    sizes = [(60, 90), (100, 40)]
+    monkeypatch.setattr(encoder, "device", torch.device("cuda"))
+    monkeypatch.setattr(encoder, "encode", Counting(lambda _: [torch.empty(0)]))
+    encoder._warm_up(sizes)
+    grids = [images[0].grid for ((images,),) in encoder.encode.calls]
+    assert grids == [(1, 8, 6), (1, 4, 10)]
+    monkeypatch.setattr(encoder, "encode", lambda _: [RequestError("image: no")])
+    with pytest.raises(RuntimeError, match="60x90 failed: image: no"):
+        encoder._warm_up(sizes)
