@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autoglm.errors import RequestError, invalid
+from autoglm.vision.pixel_limits import PARAMETERS
 
 DEFAULT_PRIORITY = 5
 LOWEST_PRIORITY = 10
@@ -61,7 +62,8 @@ class SamplingParams:
             values["repetition_penalty"] = defaults["repetition_penalty"]
         for name, value in parameters.items():
             if name not in CHECKS:
-                raise RequestError(f"parameter {name!r} is unknown, allowed are {', '.join(CHECKS)}")
+                allowed = ", ".join((*CHECKS, *PARAMETERS))  # those of images have been taken out before
+                raise RequestError(f"parameter {name!r} is unknown, allowed are {allowed}")
             if value is None:
                 continue
             values[FIELDS.get(name, name)] = CHECKS[name](name, value)

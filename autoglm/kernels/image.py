@@ -34,17 +34,15 @@ def _resample(
     inside = column < ROW
     if ALONG_ROWS:
         place = tl.where(inside, column // 3, 0)
-        start = tl.load(starts + place)
-        at = pixels + y.to(tl.int64) * SOURCE_ROW + start * 3 + column % 3
-        step = 3
+        line, step = pixels + y.to(tl.int64) * SOURCE_ROW + column % 3, 3
     else:
         place = y
-        start = tl.load(starts + place)
-        at = pixels + start.to(tl.int64) * SOURCE_ROW + column
-        step = SOURCE_ROW
+        line, step = pixels + column, SOURCE_ROW
+    start = tl.load(starts + place).to(tl.int64)
     total = tl.full((BLOCK,), 1 << (PLACES - 1), tl.int32)
     for tap in range(TAPS):
-        value = tl.load(at + tap * step, mask=inside & (start + tap < SOURCE), other=0)
+        source = tl.minimum(start + tap, SOURCE - 1)  # the weights of taps behind the last are 0
+        value = tl.load(line + source * step, mask=inside, other=0)
         total += value.to(tl.int32) * tl.load(weights + place * TAPS + tap)
     total = tl.minimum(tl.maximum(total >> PLACES, 0), 255)
     tl.store(out + y.to(tl.int64) * ROW + column, total.to(tl.uint8), mask=inside)
