@@ -166,17 +166,6 @@ class Cases:
 
         return Case(f"prefill-attention-{tokens}", self._causal(tokens), make)
 
-    def causal_attention(self, tokens: int) -> Case:
-        """Of one whole prompt, over its own keys and values."""
-        text = self.text
-
-        def make() -> list[Launch]:
-            shapes = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-            inputs = [[self.random(tokens, heads, text.head_dim) for heads in shapes] for _ in range(3)]
-            return [partial(self.kernels.causal_attention, *given) for given in inputs]
-
-        return Case(f"causal-attention-{tokens}", self._causal(tokens), make)
-
     def store_keys(self, tokens: int) -> Case:
         """Reads qkv, writes q, k and v, and k and v once more into the cache."""
         text, heads = self.text, self.text.num_attention_heads
@@ -243,6 +232,5 @@ class Cases:
                     yield self.decode_attention(batch, keys, stored)
         yield self.store_keys(prompt)
         yield self.prefill_attention(prompt)
-        yield self.causal_attention(prompt)
         for count in (min(batches), max(batches)):
             yield self.sample(count)

@@ -219,9 +219,6 @@ class Kernels(Protocol):
             [T, heads * head_dim] in q's dtype.
         """
 
-    def causal_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Causal attention of one whole prompt: q [T, heads, head_dim], k and v [T, kv_heads, head_dim], rotated."""
-
     def read_seats(
         self,
         seats: torch.Tensor,

@@ -12,7 +12,7 @@ from autoglm.kernels.image import patchify, resample
 from autoglm.kernels.image_attention import image_attention, pack, rotate_heads
 from autoglm.kernels.norm import add_norm, quantize
 from autoglm.kernels.page_choice import choose_pages
-from autoglm.kernels.prefill_attention import causal_attention, prefill_attention
+from autoglm.kernels.prefill_attention import prefill_attention
 from autoglm.kernels.rotary import store_keys
 from autoglm.kernels.sampling import read_seats, sample
 from autoglm.kernels.skinny import WIDEST, WIDEST_GATED, skinny
@@ -21,7 +21,6 @@ from autoglm.quantization.linear import ForeignLinear
 
 __all__ = [
     "add_norm",
-    "causal_attention",
     "choose_pages",
     "decode_attention",
     "embed",

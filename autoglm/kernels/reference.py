@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight
-from autoglm.kernels.reference_attention import causal_attention, decode_attention, prefill_attention, store_keys
+from autoglm.kernels.reference_attention import decode_attention, prefill_attention, store_keys
 from autoglm.kernels.reference_sampling import read_seats, sample
 from autoglm.kernels.reference_sparse import choose_pages
 from autoglm.kernels.reference_vision import image_attention, pack, patchify, resample, rotate_heads
@@ -16,7 +16,6 @@ from autoglm.quantization.linear import ForeignLinear
 
 __all__ = [
     "add_norm",
-    "causal_attention",
     "choose_pages",
     "decode_attention",
     "embed",

@@ -87,11 +87,6 @@ def _causal(queries: int, keys: int) -> torch.Tensor:
     return causal_lower_right(queries, keys)  # type: ignore[return-value]
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
-
-
 def gather_angles(rotary: Rotary, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [T, 1, rotary_dim / 2] of tokens at positions [3, T]."""
     runs = torch.split(rotary.table[:, positions.long()], list(rotary.sections), dim=-1)  # [2, 3, T, section] each

@@ -20,8 +20,9 @@ from autoglm.config import LimitsConfig, VisionSection
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
 from autoglm.media import ImageFile, decode_image, media_hash
 from autoglm.vision.feature_cache import FeatureCache
-from autoglm.vision.image_processor import device_patches, grid_of, patches, smart_resize
+from autoglm.vision.image_processor import check_grid, device_patches, grid_of, patches, smart_resize
 from autoglm.vision.loading import cache_key, load
+from autoglm.vision.pixel_limits import server_limits
 from autoglm.vision.vit import VisionTransformer
 from autoglm.weight_cache import WeightCache
 
@@ -65,6 +66,7 @@ class VisionEncoder:
         """
         self.checkpoint = checkpoint
         self.limits = limits
+        self.image_limits = server_limits(checkpoint.image_limits, limits)
         self.max_patches = config.max_patches_per_pass
         self.device = device
         self.dtype = dtype
@@ -166,11 +168,13 @@ class VisionEncoder:
 
     def _patches(self, image: ImageFile) -> torch.Tensor:
         """Decode and resize. Messages of errors begin after the image's name: several requests may share them."""
-        # Who calls this model by itself may say any hash. One that lies finds what it names, but puts nothing there.
+        # Who calls this model by itself may say any grid and hash. A false hash finds what it names, but puts nothing
+        # there.
+        check_grid(image.grid, self.image_limits, "")
         if media_hash(image.data, image.grid) != image.hash:
             raise invalid("", Exact("a hash that is not this file's"), "the SHA-256 of the file and its grid")
         pixels = decode_image(image.data, self.limits, "")
-        limits = self.checkpoint.image_limits
+        limits = self.image_limits
         size = image.grid[1] * limits.patch_size, image.grid[2] * limits.patch_size
         if not self._device_resizes or pixels.width * pixels.height > MAX_UPLOAD_PIXELS:
             return torch.from_numpy(patches(pixels, size, limits))
@@ -225,7 +229,7 @@ class VisionEncoder:
         for width, height in sizes:
             file = io.BytesIO()
             Image.new("RGB", (width, height)).save(file, "PNG")
-            data, limits = file.getvalue(), self.checkpoint.image_limits
+            data, limits = file.getvalue(), self.image_limits
             grid = grid_of(smart_resize(height, width, limits), limits)
             (result,) = self.encode([[ImageFile(data, grid, media_hash(data, grid), "image")]])
             if isinstance(result, RequestError):

@@ -68,6 +68,26 @@ def tokens_of(grid: tuple[int, int, int], limits: ImageLimits) -> int:
     return grid[0] * grid[1] * grid[2] // limits.merge_size**2
 
 
+def check_grid(grid: tuple[int, int, int], limits: ImageLimits, name: str = "image") -> None:
+    """Refuse a grid that no image is resized to.
+
+    Args:
+        limits: with the greatest max_pixels that a request may have.
+
+    Raises:
+        RequestError: it is not made of whole tokens, or too large.
+    """
+    merge = limits.merge_size
+    # A narrow image is at least one token high, whatever max_pixels says.
+    most = max(
+        limits.max_pixels // (limits.temporal_patch_size * limits.patch_size**2), MAX_ASPECT_RATIO * merge * merge
+    )
+    frames, rows, columns = grid
+    if frames != 1 or min(rows, columns) < merge or rows % merge or columns % merge or rows * columns > most:
+        got = Exact(f"a grid of {frames} x {rows} x {columns} patches")
+        raise invalid(name, got, f"1 x multiples of {merge}, at most {most} in all")
+
+
 def patches(image: Image.Image, size: tuple[int, int], limits: ImageLimits) -> NDArray[np.float32]:
     """Resize an RGB image to `size` (height, width), normalise it and cut it into patches.
 

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.kernels import choose
 from autoglm.tensor_files import read_tensors, write_tensors
-from autoglm.vision.vit import VisionTransformer, fused_rows, hold_int8
+from autoglm.vision.vit import VisionTransformer
 from autoglm.weight_cache import CacheKey, WeightCache
-from autoglm.weights import load_parameters, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +38,18 @@ def load(
     """
     begin = time.perf_counter()
     cached = False
+    model = VisionTransformer.empty(checkpoint, device, dtype, int8)
     if int8 and cache:
-        with torch.device("meta"):
-            model = VisionTransformer(checkpoint.vision, choose(device)).to(dtype)
-            hold_int8(model)
-        model = model.to_empty(device=device).requires_grad_(False).eval()
         tensors = {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-        def build() -> None:
-            weights = read_weights(checkpoint, ("model.visual.",), device)
-            load_parameters(model, weights, {"model.visual.": ""}, fused_rows(checkpoint.vision))
-
         cached = cache.fetch(
             cache_key(checkpoint, dtype, int8),
             sum(tensor.nbytes for tensor in tensors.values()),
             lambda path: read_tensors(path, tensors),
-            build,
+            lambda: model.fill(checkpoint),
             lambda path: write_tensors(path, tensors),
         )
     else:
-        model = VisionTransformer.load(checkpoint, device, dtype, int8)
+        model.fill(checkpoint)
     source = "the weight cache" if cached else checkpoint.path
     log.info("vision encoder loaded from %s in %.1f s", source, time.perf_counter() - begin)
     return model

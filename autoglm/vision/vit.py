@@ -150,14 +150,26 @@ class VisionTransformer(nn.Module):
     ) -> "VisionTransformer":
         """The checkpoint's ViT, its weights cast to `dtype` on `device`; with `int8` those of the blocks' products
         are rounded to 8 bits, one scale for each row."""
+        model = cls.empty(checkpoint, device, dtype, int8)
+        model.fill(checkpoint)
+        return model
+
+    @classmethod
+    def empty(
+        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, int8: bool = False
+    ) -> "VisionTransformer":
+        """The same before its weights are filled."""
         with torch.device("meta"):
             model = cls(checkpoint.vision, choose(device)).to(dtype)
             if int8:
                 hold_int8(model)
-        model = model.to_empty(device=device).requires_grad_(False).eval()
+        return model.to_empty(device=device).requires_grad_(False).eval()
+
+    def fill(self, checkpoint: Checkpoint) -> None:
+        """Read the weights from the checkpoint's files."""
+        device = self.patch_embed.proj.weight.device
         weights = read_weights(checkpoint, ("model.visual.",), device)
-        load_parameters(model, weights, {"model.visual.": ""}, fused_rows(checkpoint.vision))
-        return model
+        load_parameters(self, weights, {"model.visual.": ""}, fused_rows(self.config))
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Embed packed images.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autoglm.checkpoint import TextConfig
 from autoglm.kernels import Rotary, reference
@@ -67,7 +68,8 @@ def run(
 def dense(qkv: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     q, k, v = torch.split(qkv.sum(0).view(-1, 8, 16), [4, 2, 2], dim=1)
     angles = gather_angles(rotary, torch.arange(len(q)).expand(3, -1))
-    return reference.causal_attention(rotate(q, angles), rotate(k, angles), v)
+    q, k, v = (x.transpose(0, 1)[None] for x in (rotate(q, angles), rotate(k, angles), v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
 
 
 def test_megabytes_hold_scales_too() -> None:

@@ -16,6 +16,7 @@ from autoglm.config import LimitsConfig, VisionSection
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.media import ImageFile, decode_image, media_hash
 from autoglm.vision import encoder as encoder_module
+from autoglm.vision import loading as loading_module
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, smart_resize
 from autoglm.vision.vit import VisionTransformer
@@ -179,6 +180,15 @@ def test_a_lying_hash_puts_nothing_into_the_cache(make_encoder: Any, image: Any)
     assert torch.equal(honest, features(make_encoder().encode([[image(2)]])[0]))
 
 
+@pytest.mark.parametrize("grid", [(1, 7, 6), (1, 8, 0), (2, 8, 6), (1, -8, -6), (1, 2, 10**6)])
+def test_a_grid_that_no_image_has(make_encoder: Any, image: Any, grid: tuple[int, int, int]) -> None:
+    file = image(1)
+    wrong = replace(file, grid=grid, hash=media_hash(file.data, grid))
+    refused, honest = make_encoder().encode([[wrong], [file]])
+    assert fault(refused).startswith("IMAGES[0]: got a grid of {} x {} x {} patches; allowed: 1 x".format(*grid))
+    features(honest)
+
+
 def test_a_failing_pass_ends_no_other(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_encoder(max_patches_per_pass=1)
     original = encoder._features
@@ -210,8 +220,8 @@ def test_decoding_runs_ahead_by_a_bounded_number(make_encoder: Any, image: Any, 
 
 @pytest.mark.parametrize("loading", ["lazy", "preload"])
 def test_when_weights_are_read(make_encoder: Any, image: Any, loading: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Counting(VisionTransformer.load)
-    monkeypatch.setattr(VisionTransformer, "load", load)
+    load = Counting(loading_module.load)
+    monkeypatch.setattr("autoglm.vision.encoder.load", load)
     encoder = make_encoder(loading=loading)
     encoder.encode([[], []])
     assert len(load.calls) == (loading == "preload")
@@ -230,7 +240,7 @@ def test_weights_that_cannot_be_read_are_tried_again(
         raise OSError("disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(VisionTransformer, "load", fail)
+        patch.setattr("autoglm.vision.encoder.load", fail)
         assert fault(encoder.encode([[image(1)]])[0]) == "IMAGES[0]: the vision encoder failed: disk"
     features(encoder.encode([[image(1)]])[0])
 
@@ -244,7 +254,7 @@ def test_int8_weights_come_from_the_cache_the_second_time(
 
     encoders = [make()]
     with monkeypatch.context() as patch:
-        patch.setattr("autoglm.vision.loading.load_parameters", lambda *_: pytest.fail("read from the checkpoint"))
+        patch.setattr(VisionTransformer, "fill", lambda *_: pytest.fail("read from the checkpoint"))
         encoders.append(make())
     encoders.append(VisionEncoder(plain.checkpoint, VisionSection(int8=True), LimitsConfig(), CPU, torch.float32))
     exact = VisionEncoder(plain.checkpoint, VisionSection(), LimitsConfig(), CPU, torch.float32)
