@@ -1,10 +1,22 @@
-"""How much of the attention that a prompt's last token gives to an image goes to the keys that a mode keeps."""
+"""How much of the attention that a prompt's last token gives to an image goes to the keys that a mode keeps.
 
+    python -m benchmarks.attention_kept [--checkpoint DIR] [--setting int8|bf16]
+
+Over the demo's samples, screenshots with their tasks; of the demo checkpoint, unless another trained one is named.
+sparse-attention: percent, the mean over the samples, KV heads and all layers that are not dense; mode and ratio stand
+behind the weights in a row's setting.
+"""
+
+import json
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import SparseAttentionConfig
 from autoglm.kernels.reference_attention import decode
 from autoglm.kernels.reference_sparse import attention_weights, visual_attention
 from autoglm.llm.attention import PagedAttention
@@ -13,7 +25,11 @@ from autoglm.llm.positions import image_runs, prompt_positions
 from autoglm.llm.prefill import BLOCK_SIZE, prefill
 from autoglm.llm.sparsity import WINDOW, Mode, Sparsity
 from benchmarks.engines import Prompt
+from benchmarks.report import make_parser, make_row, report
+from benchmarks.screenshot import open_agent
+from benchmarks.sparsity import RATIOS, named
 
+DEMO = Path(__file__).parents[1] / "demo"
 MODES: tuple[Mode, ...] = ("topk", "pages", "snap")
 
 
@@ -93,3 +109,23 @@ class Probe:
         chosen.scatter_(1, bounds.topk(choice.kept(len(blocks))).indices, True)
         stays[:, begin * BLOCK_SIZE : end * BLOCK_SIZE] = chosen.repeat_interleave(BLOCK_SIZE, 1)
         return stays[:, self.first : self.first + self.length]
+
+
+def main() -> None:
+    parser = make_parser(__doc__, ("bf16", "int8"))
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint", help="a trained one (%(default)s)")
+    options = parser.parse_args()
+    samples = DEMO / "samples"
+    choices = [Sparsity(mode, ratio, SparseAttentionConfig().dense_layers) for mode in MODES for ratio in RATIOS]
+    with open_agent(Checkpoint.open(options.checkpoint), options.setting, kv_cache_mb=256) as agent:
+        found = [
+            attention_kept(agent.engine, agent.read((samples / asked["image"]).read_bytes(), asked["task"]), choices)
+            for asked in json.loads((samples / "samples.json").read_text(encoding="utf-8"))
+        ]
+    shares = {choice: statistics.mean(kept[choice] for kept in found) for choice in choices}
+    rows = [make_row(named(options, choice), "sparse-attention", 100 * shares[choice], "%") for choice in choices]
+    report(options, "attention", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -37,8 +37,8 @@ class Work:
     """Bytes that are read, and operations (a multiply and an add are two), by the type that they are done in."""
 
     bytes: float = 0.0
-    products: float = 0.0  # with the language model's weights, in the setting's type
-    bf16: float = 0.0  # attention, and all that the ViT does
+    products: float = 0.0  # with the layers' weights, in the setting's type
+    bf16: float = 0.0  # attention, and what else is not quantised
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.bytes + other.bytes, self.products + other.products, self.bf16 + other.bf16)
@@ -108,14 +108,15 @@ def patch_parameters(vision: VisionConfig) -> int:
     return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision.hidden_size
 
 
-def encode(vision: VisionConfig, patches: int) -> Work:
-    """The ViT over one image of so many patches, in bf16: products, and attention of all patches to all."""
+def encode(vision: VisionConfig, patches: int, setting: str = "bf16") -> Work:
+    """The ViT over one image of so many patches: the blocks' products, in the setting's type; those before and behind
+    them, and attention of all patches to all, in bf16."""
     tokens = patches // vision.spatial_merge_size**2
-    products = 2 * patches * (block_parameters(vision) + patch_parameters(vision)) + 2 * tokens * merger_parameters(
-        vision
-    )
+    blocks = block_parameters(vision)
+    others = 2 * patches * patch_parameters(vision) + 2 * tokens * merger_parameters(vision)
     attention = 4 * patches * patches * vision.hidden_size * vision.depth
-    return Work(2 * _vision_parameters(vision), 0, products + attention)
+    weights = 2 * (_vision_parameters(vision) - blocks) + WEIGHT_BYTES[setting] * blocks
+    return Work(weights, 2 * patches * blocks, others + attention)
 
 
 def resident_gib(text: TextConfig, vision: VisionConfig, setting: str) -> float:

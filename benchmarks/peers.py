@@ -21,6 +21,7 @@ MEASURED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
         ("decode-64", "bf16"): {BF16: 6.73},
         ("prefill-128", "int8"): {INT8: 8.1, FP8: 12.4},
         ("prefill-128", "bf16"): {BF16: 14.5, TRANSFORMERS: 46},
+        ("vit-13416", "bf16"): {TRANSFORMERS: 119},
         ("screenshot-first-token", "int8"): {INT8: 337, FP8: 334},
         ("screenshot-first-token", "bf16"): {BF16: 318, TRANSFORMERS: 266},
         ("screenshot-65", "int8"): {INT8: 645, FP8: 574},

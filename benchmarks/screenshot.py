@@ -59,13 +59,13 @@ class Agent:
         self.engine.close()
         self.encoder.close()
 
-    def read(self, data: bytes) -> Prompt:
+    def read(self, data: bytes, text: str = TEXT) -> Prompt:
         """Render the chat and embed the image.
 
         Raises:
             RequestError: the image cannot be used.
         """
-        prompt = self.renderer.render(read_prompt(TEXT.encode(), [data], self.limits))
+        prompt = self.renderer.render(read_prompt(text.encode(), [data], self.limits))
         (image,) = prompt.images
         (features,) = self.encoder.encode([[image]])
         if isinstance(features, RequestError):
@@ -134,7 +134,7 @@ def floor_ms(
 ) -> float:
     """For `count` turns of `tokens` tokens: images and prompts one after another, then the steps of all together."""
     machine, setting, text = options.machine, options.setting, checkpoint.text
-    reading = limits.milliseconds(limits.encode(checkpoint.vision, patches), machine, setting)
+    reading = limits.milliseconds(limits.encode(checkpoint.vision, patches), machine, "bf16")
     reading += limits.milliseconds(limits.prefill(text, setting, [length]), machine, setting)
     step = limits.decode_step(text, setting, count, length + tokens / 2)
     return count * reading + (tokens - 1) * limits.milliseconds(step, machine, setting)

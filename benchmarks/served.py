@@ -1,44 +1,84 @@
-"""What a running server takes: time to the first token, time per token, memory by process.
+"""What a running server takes: time to the first token and to the last, requests per second, memory by process.
 
     python -m benchmarks.served [--server 127.0.0.1:8001] [--setting int8|bf16]
 
-Workloads: `text` is a prompt of about 128 tokens; `screenshot` is a 1080x2400 image, another one each time, made by
-enlarging 68x150 random pixels, with about 70 tokens of text. No two prompts begin alike, so that the prefix cache holds
-nothing of them but the template. Each is asked for 65 tokens, end-of-text ignored; medians.
+All through the ensemble over gRPC, as the client sees it. Every screenshot is another 1080x2400 PNG (68x150 random
+pixels, enlarged) with a short text, 3 422 tokens in all; a text has about 128. No two prompts begin alike, so that the
+prefix cache holds nothing of them but the template. screenshot-first-token-grpc and text-first-token-grpc: requests for
+one token; screenshot-65-grpc and text-65-grpc: to the last of 65, end-of-text ignored; screenshot-16-grpc: 16 such
+requests at once, 16 / seconds until the last one is done. Medians.
 """
 
+import argparse
+import itertools
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from autoglm_client import Client
+from autoglm_client import Client, Usage
 
-from benchmarks.report import Row, read_server_options, report
+from benchmarks.report import Row, make_row, read_server_options, report
 from benchmarks.screens import random_screen
 
 TOKENS = 65
+AT_ONCE = 16
 REPEATS = 5
 
+class Server:
+    """Prompts that no request has had before, sent over connections that stay open."""
 
-def measure(client: Client, prompt: str, images: list[bytes]) -> dict[str, float]:
-    """Milliseconds of one request as its caller sees them, the server's own by stage, and the length of its prompt."""
-    started = time.perf_counter()
-    arrivals: list[float] = []
-    stream = client.stream(prompt=prompt, images=images, max_tokens=TOKENS, ignore_eos=True)
-    for piece in stream:
-        arrivals += [time.perf_counter()] * len(piece.token_ids)
-    usage = stream.result().usage
-    return {
-        "first-token": (arrivals[0] - started) * 1e3,
-        "per-token": (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) * 1e3,
-        "total": (arrivals[-1] - started) * 1e3,
-        "preprocess": usage.preprocess_ms,
-        "vision": usage.vision_ms,
-        "queue": usage.queue_ms,
-        "prefill": usage.prefill_ms,
-        "prompt-tokens": usage.prompt_tokens,
-    }
+    def __init__(self, address: str) -> None:
+        self.clients = [Client(address) for _ in range(AT_ONCE)]
+        self.numbers = itertools.count()
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+
+    def fresh(self, with_image: bool) -> tuple[str, list[bytes]]:
+        """A text and its images."""
+        number = next(self.numbers)
+        if with_image:
+            return f"{number:03} {'b' * 55}", [random_screen(number)]
+        return f"{number:03} {'a' * 120}", []
+
+    def ask(self, client: Client, prompt: tuple[str, list[bytes]], max_tokens: int) -> tuple[float, Usage]:
+        """Seconds of one request for exactly so many tokens, and the server's account of it."""
+        text, images = prompt
+        began = time.perf_counter()
+        usage = client.generate(prompt=text, images=images, max_tokens=max_tokens, ignore_eos=True).usage
+        seconds = time.perf_counter() - began
+        if usage.completion_tokens != max_tokens:
+            raise RuntimeError(f"asked for {max_tokens} tokens, got {usage.completion_tokens}")
+        return seconds, usage
+
+    def alone(self, with_image: bool, max_tokens: int) -> tuple[float, dict[str, float]]:
+        """Medians of milliseconds, as the client sees them, and by stage as the server does."""
+        runs = [self.ask(self.clients[0], self.fresh(with_image), max_tokens) for _ in range(REPEATS + 1)][1:]
+        stages = ("preprocess_ms", "vision_ms", "queue_ms", "prefill_ms", "prompt_tokens")
+        also = {name.replace("_", " "): statistics.median(getattr(usage, name) for _, usage in runs) for name in stages}
+        return statistics.median(seconds for seconds, _ in runs) * 1e3, also
+
+    def together(self) -> float:
+        """Seconds until so many screenshots that come at once are answered."""
+        prompts = [self.fresh(True) for _ in self.clients]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(self.ask, self.clients, prompts, [TOKENS] * AT_ONCE))
+        return time.perf_counter() - began
+
+
+def measure(server: Server, options: argparse.Namespace) -> Iterator[Row]:
+    server.together()  # what happens once happens here
+    for name, with_image in (("text", False), ("screenshot", True)):
+        for what, tokens in (("first-token", 1), (str(TOKENS), TOKENS)):
+            milliseconds, also = server.alone(with_image, tokens)
+            yield make_row(options, f"{name}-{what}-grpc", milliseconds, "ms", also=also)
+    seconds = statistics.median(server.together() for _ in range(3))
+    yield make_row(options, f"screenshot-{AT_ONCE}-grpc", AT_ONCE / seconds, "requests/s")
 
 
 def gpu_memory(setting: str) -> list[Row]:
@@ -64,18 +104,11 @@ def process_name(pid: int) -> str:
 
 def main() -> None:
     options = read_server_options(__doc__)
-    rows: list[Row] = []
-    with Client(options.server) as client:
-        for name, images, text in (("text", 0, "a" * 120), ("screenshot", 1, "b" * 64)):
-            runs = [
-                measure(client, f"{repeat}{i} {text}", [random_screen(1000 * repeat + i)] * images)
-                for repeat in range(2)
-                for i in range(REPEATS)
-            ][REPEATS:]  # the first round warms up
-            for key in runs[0]:
-                value = statistics.median(run[key] for run in runs)
-                unit = "tokens" if key == "prompt-tokens" else "ms"
-                rows.append(Row(f"served-{name}-{key}", options.setting, round(value, 2), unit))
+    server = Server(options.server)
+    try:
+        rows = list(measure(server, options))
+    finally:
+        server.close()
     report(options, "served", rows + gpu_memory(options.setting))
 
 

@@ -8,9 +8,7 @@ Mode and ratio stand behind the weights in a row's setting; `off` is dense. Prom
 sparse-prefill-B: from the submission of B prompts to the last of their first tokens. sparse-decode-B: time per token of
 B sequences from there until the first of them ends, medians; its limit counts the keys that the mode reads.
 sparse-memory: what one request holds of the KV cache while it is answered. sparse-keys: visual keys that a decoding
-token reads, of all. sparse-attention: of the attention that the last token of a prompt with a screenshot gives to it,
-what goes to keys that stay; it says something about a trained checkpoint only. `topk` is there for accuracy: it is not
-timed.
+token reads, of all. `topk` is there for accuracy: it is not timed.
 """
 
 import argparse
@@ -25,12 +23,9 @@ from autoglm.llm.engine import Engine
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.sparsity import Sparsity
 from benchmarks import limits
-from benchmarks.attention_kept import MODES, attention_kept
 from benchmarks.decode import SCREENSHOT, SCREENSHOT_GRID
 from benchmarks.engines import Prompt, Stream, image_prompt, open_engine
 from benchmarks.report import Row, make_row, read_options, report
-from benchmarks.screens import SIZE, random_screen
-from benchmarks.screenshot import open_agent
 
 BATCHES = (1, 16, 64)
 RATIOS = (0.2, 0.3, 0.4, 0.5)
@@ -123,21 +118,16 @@ def keys_read(choice: Sparsity | None, text: TextConfig) -> float:
     return (dense + (text.num_hidden_layers - dense) * choice.ratio) / text.num_hidden_layers
 
 
-def kept_rows(engine: Engine, options: argparse.Namespace, prompt: Prompt, ratios: Sequence[float]) -> Iterator[Row]:
-    """sparse-attention by mode and ratio."""
-    choices = [Sparsity(mode, ratio, DENSE_LAYERS) for mode in MODES for ratio in ratios]
-    for choice, share in attention_kept(engine, prompt, choices).items():
-        yield make_row(named(options, choice), "sparse-attention", 100 * share, "%")
-
-
 def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
-    with open_agent(checkpoint, options.setting, kv_cache_mb=KV_CACHE_MB, max_tokens_per_mixed_step=AT_ONCE) as agent:
-        rows = list(kept_rows(agent.engine, options, agent.read(random_screen(0, SIZE)), RATIOS))
-        plain = Measure(agent.engine, options)
-        rows += plain.rows(None)
+    engine = open_engine(checkpoint, options.setting, KV_CACHE_MB, max_tokens_per_mixed_step=AT_ONCE)
+    try:
+        plain = Measure(engine, options)
+        rows = list(plain.rows(None))
         for ratio in RATIOS:
             rows += plain.rows(Sparsity("snap", ratio, DENSE_LAYERS))
             rows += plain.rows(Sparsity("prune", ratio, DENSE_LAYERS))
+    finally:
+        engine.close()
     sparse = SparseAttentionConfig("pages", min_batch=1, dense_layers=DENSE_LAYERS)
     engine = open_engine(
         checkpoint, options.setting, KV_CACHE_MB, sparse_attention=sparse, max_tokens_per_mixed_step=AT_ONCE

@@ -2,13 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from autoglm.config import SparseAttentionConfig
 from autoglm.llm.sparsity import Mode, Sparsity
-from benchmarks import sparsity
+from benchmarks import sparsity, sparsity_table
 from benchmarks.attention_kept import MODES, attention_kept
 from benchmarks.engines import image_prompt, open_engine
 from benchmarks.report import Row, report
@@ -65,3 +66,21 @@ def test_attention_that_is_kept(plain: Pair) -> None:
         low, half, whole = (kept[Sparsity(mode, ratio, 0)] for ratio in ratios)
         assert 0 < low <= half < whole == pytest.approx(1)
     assert kept[Sparsity("topk", 0.25, 0)] > kept[Sparsity("snap", 0.25, 0)]  # another text chooses
+
+
+def test_the_table() -> None:
+    names = [name for names in sparsity_table.COLUMNS.values() for name in names]
+    weights = {name: "bf16" if name == "sparse-attention" else "int8" for name in names}
+    rows = {(name, f"{weights[name]} off"): Row(name, "", 12.3, "") for name in names}
+    rows |= {(name, f"{weights[name]} snap 0.3"): Row(name, "", 45.6, "") for name in names[:-1]}
+    quality: dict[str, dict[str, Any]] = {
+        "unquantised": {"taps_right": 1, "moved": 0},
+        "topk 0.2": {"taps_right": 0.9987, "moved": 0.456},
+    }
+    head, _, *lines = sparsity_table.table(rows, quality)
+    assert lines == [
+        "| off | 12% | 12% | 12.3 | 12.3 / 12.3 / 12.3 | 12.3 / 12.3 / 12.3 | 100.0% | 0.00 |",
+        "| topk 0.2 |  |  |  |  |  | 99.9% | 0.46 |",
+        "| snap 0.3 | 46% | 46% | 45.6 | 45.6 / 45.6 / 45.6 |  |  |  |",
+    ]
+    assert head.count("|") == lines[0].count("|")

@@ -12,7 +12,7 @@ import torch
 
 from autoglm.kernels import reference
 from autoglm.llm.engine import Engine
-from benchmarks import decode, kernels, live, prefill, screenshot, start
+from benchmarks import decode, kernels, live, prefill, screenshot, start, vision
 from benchmarks.cases import Case, Cases
 from benchmarks.engines import open_engine
 from benchmarks.report import Row, report
@@ -69,6 +69,12 @@ def test_prefill(engine: Engine, options: argparse.Namespace) -> None:
         prefill.text(engine, options, 16, 3),
     ]
     check(rows, ["prefill-40", "prefill-20", "prefill-3x16"], options)
+
+
+def test_vision(plain: Pair, options: argparse.Namespace) -> None:
+    rows = vision.measure(plain.checkpoint, options, size=(84, 112), repeats=1)
+    check(rows, ["vit-48", "png-to-embeddings", "png-to-embeddings-known"], options)
+    assert rows[2].value < rows[1].value
 
 
 def test_screenshot(plain: Pair, options: argparse.Namespace) -> None:
