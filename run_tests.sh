@@ -3,7 +3,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . deploy/find_python.sh
-"$PYTHON" -m autoglm_launcher.environment test loadtest
+"$PYTHON" -m autoglm_launcher.environment test loadtest gateway
 fonts=$(.venv/bin/python -c 'from demo.fonts import missing_packages; print(*missing_packages())')
 if [ -n "$fonts" ]; then
     # Word splitting is meant: package names.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +19,13 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from autoglm.config import LimitsConfig
+from autoglm.audio.file import AudioFile
+from autoglm.audio.speech import Mode, Speech, no_speech
+from autoglm.config import AudioSection, ConfigError, LimitsConfig
 from autoglm.errors import Exact, RequestError, invalid, shorten
 from autoglm.media import ImageFile, media_hash, read_image
 from autoglm.messages import ROLES, ImagePart, Message, TextPart
-from autoglm.tokenizer import HIDDEN_TAG, VISIBLE_TAGS
+from autoglm.tokenizer import PlainText
 from autoglm.vision.image_processor import grid_of, smart_resize, tokens_of
 from autoglm.vision.pixel_limits import server_limits
 
@@ -38,11 +40,13 @@ MAX_BYTES_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with every image placeholder repeated once per visual token, and the images in order."""
+    """Token ids with every placeholder repeated once per token of its image or clip (a clip whose transcript takes its
+    place has one), and images and clips in order."""
 
     token_ids: list[int]
     images: list[ImageFile]
     image_tokens: int
+    clips: list[AudioFile] = field(default_factory=list)
 
 
 class ChatRenderer:
@@ -50,8 +54,11 @@ class ChatRenderer:
 
     Args:
         content_format: "string" puts a turn's images first and joins them and the texts with newlines, as vLLM's
-            content format of that name; "list" hands the parts to the template as they are.
+            content format of that name; "list" hands the parts to the template as they are. Either way a clip stands
+            where a text would.
         max_context: tokens of a prompt and its answer together.
+        speech: what the server hears with; None is deaf.
+        audio: limits of sound files; left out, the defaults.
     """
 
     def __init__(
@@ -61,6 +68,8 @@ class ChatRenderer:
         limits: LimitsConfig,
         max_context: int,
         content_format: Literal["string", "list"] = "string",
+        speech: Speech | None = None,
+        audio: AudioSection | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.limits = limits
@@ -78,19 +87,28 @@ class ChatRenderer:
         if len(image_tokens) != len(ids):
             raise ValueError(f"tokenizer.json lacks tokens for config.json's image ids {ids}")
         self.placeholder = "".join(image_tokens)
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-        controls = (special | set(image_tokens)) - {*VISIBLE_TAGS, HIDDEN_TAG}
-        self.controls = re.compile("|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True)))
+        self.plain_text = PlainText(tokenizer, image_tokens)
+        self.speech = speech
+        self.audio = audio or AudioSection()
+        highest = max(tokenizer.get_vocab().values())
+        if speech is not None and highest >= checkpoint.audio_token_id:
+            raise ConfigError(
+                f"speech needs an id beyond the tokenizer's, but its last, {highest}, is that of the vocabulary "
+                f"(vocab_size {checkpoint.text.vocab_size}): serve this checkpoint without AUTOGLM_SPEECH"
+            )
 
-    def render(self, messages: Sequence[Message], image_limits: ImageLimits | None = None) -> Prompt:
+    def render(
+        self, messages: Sequence[Message], image_limits: ImageLimits | None = None, audio_mode: Mode | None = None
+    ) -> Prompt:
         """Token ids of a chat that ends with the beginning of the assistant's turn.
 
         Args:
             image_limits: of this request; left out, the server's.
+            audio_mode: the same.
 
         Raises:
-            RequestError: an image is refused, the template refuses the chat or leaves out an image, or the prompt
-                leaves no room for an answer.
+            RequestError: an image or a clip is refused, the template refuses the chat or leaves out one of them, or the
+                prompt leaves no room for an answer.
         """
         size = sum(len(part.text.encode()) for message in messages for part in message.texts)
         if size > MAX_BYTES_PER_TOKEN * self.max_context:
@@ -98,58 +116,62 @@ class ChatRenderer:
             raise invalid("prompt", got, f"at most {self.max_context - 1} tokens, the context of {self.max_context}")
         image_limits = image_limits or self.image_limits
         images = [_image_file(part, self.limits, image_limits) for message in messages for part in message.images]
+        clips = self._clips(messages, audio_mode or self.audio.mode)
         ids = self._token_ids(messages)
-        image_token = self.checkpoint.image_token_id
-        rendered = ids.count(image_token)
-        if rendered != len(images):
-            raise invalid("prompt", Exact(f"{len(images)} images"), f"the {rendered} that the chat template shows")
-        counts = [tokens_of(image.grid, image_limits) for image in images]
-        total = len(ids) - len(images) + sum(counts)
+        counts = {self.checkpoint.image_token_id: [tokens_of(image.grid, image_limits) for image in images]}
+        if clips:
+            counts[self.checkpoint.audio_token_id] = [clip.tokens or 1 for clip in clips]
+        for (id_, expected), kind in zip(counts.items(), ("images", "clips"), strict=False):
+            rendered = ids.count(id_)
+            if rendered != len(expected):
+                got = Exact(f"{len(expected)} {kind}")
+                raise invalid("prompt", got, f"the {rendered} that the chat template shows")
+        visual = sum(counts[self.checkpoint.image_token_id])
+        total = len(ids) + sum(sum(expected) - len(expected) for expected in counts.values())
         if total >= self.max_context:
-            got = Exact(f"{total} tokens ({sum(counts)} of them for {len(images)} images)")
+            got = Exact(f"{total} tokens ({visual} of them for {len(images)} images)")
             allowed = f"at most {self.max_context - 1}, one less than the context of {self.max_context}"
             raise invalid("prompt", got, allowed)
-        following = iter(counts)
-        token_ids = [id_ for id_ in ids for _ in range(next(following) if id_ == image_token else 1)]
-        return Prompt(token_ids, images, sum(counts))
+        following = {id_: iter(expected) for id_, expected in counts.items()}
+        token_ids = [id_ for id_ in ids for _ in range(next(following[id_]) if id_ in following else 1)]
+        return Prompt(token_ids, images, visual, clips)
+
+    def _clips(self, messages: Sequence[Message], mode: Mode) -> list[AudioFile]:
+        parts = [part for message in messages for part in message.sounds]
+        if parts and self.speech is None:
+            raise no_speech()
+        return [self.speech.clip(part, mode, self.audio) for part in parts if self.speech]
 
     def _token_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the rendered chat, one placeholder for each image."""
+        """Ids of the rendered chat, one placeholder for each image and clip."""
         texts = "".join(part.text for message in messages for part in message.texts)
-        mark = next((mark for mark in MARKS if mark not in texts), None)
-        if mark is None:
-            raise RequestError("prompt: got a text with all 32 noncharacters U+FDD0 to U+FDEF; allowed: real text")
-        turns = [{"role": message.role, "content": self._content(message, mark)} for message in messages]
+        free = [mark for mark in MARKS if mark not in texts][:2]
+        if len(free) < 2:
+            raise RequestError("prompt: got a text with nearly all noncharacters U+FDD0 to U+FDEF; allowed: real text")
+        mark, clip = free
+        turns = [{"role": message.role, "content": self._content(message, mark, clip)} for message in messages]
         try:
             rendered = self.template.render(messages=turns, tools=None, documents=None, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise RequestError(f"prompt: the checkpoint's chat template refuses it: {shorten(str(error))}") from None
-        # Each marked token is cut in two here, so neither half of it is found as a token.
-        pieces = rendered.split(mark)
-        return [id_ for piece in pieces for id_ in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+        ids: list[int] = []
+        for piece in rendered.split(clip):
+            ids += [self.checkpoint.audio_token_id, *self.plain_text.encode(piece, mark)]
+        return ids[1:]
 
-    def _content(self, message: Message, mark: str) -> str | list[dict[str, str]]:
-        """A message's content as the template gets it."""
-        texts = self._marked(message.texts, mark)
+    def _content(self, message: Message, mark: str, clip: str) -> str | list[dict[str, str]]:
+        """A message's content as the template gets it; `clip` is the text that stands for a clip."""
+        words = [part for part in message.parts if not isinstance(part, ImagePart)]
+        texts = self.plain_text.mark([part.text if isinstance(part, TextPart) else clip for part in words], mark)
         if self.content_format == "string":
             return "\n".join([self.placeholder] * len(message.images) + ["\n".join(texts)])
         if message.role != "user" or not message.is_list:
             return "".join(texts)  # templates print other roles' content as it is
         remaining = iter(texts)
         return [
-            {"type": "text", "text": next(remaining)} if isinstance(part, TextPart) else {"type": "image"}
+            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": next(remaining)}
             for part in message.parts
         ]
-
-    def _marked(self, parts: Sequence[TextPart], mark: str) -> list[str]:
-        """The texts with a mark after the first character of every control token that they spell out."""
-        texts = [self._mark(part.text, mark) for part in parts]
-        if len(texts) > 1 and self.controls.search("".join(texts)):
-            texts[1:] = [mark + text for text in texts[1:]]  # two parts spell a token together
-        return texts
-
-    def _mark(self, text: str, mark: str) -> str:
-        return self.controls.sub(lambda match: match[0][:1] + mark + match[0][1:], text)
 
 
 def _image_file(part: ImagePart, limits: LimitsConfig, image_limits: ImageLimits) -> ImageFile:

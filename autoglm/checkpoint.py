@@ -108,6 +108,12 @@ class Checkpoint:
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     quantization: BitsandbytesInt8 | None = None
 
+    @property
+    def audio_token_id(self) -> int:
+        """What stands for sound in a prompt: the last id of the vocabulary, which is padded beyond the tokenizer's
+        own ids (who uses it checks that)."""
+        return self.text.vocab_size - 1
+
     @classmethod
     def open(cls, directory: str | Path) -> "Checkpoint":
         """Read the configuration of a checkpoint directory.

@@ -1,7 +1,8 @@
 """The server's configuration: one YAML file, read once, checked whole.
 
 `AUTOGLM_CONFIG` names the file, `AUTOGLM_PRESET` a second one whose few lines replace those of the first,
-`AUTOGLM_OVERRIDES` is a third, as text, for single values; `AUTOGLM_CHECKPOINT` names the checkpoint directory.
+`AUTOGLM_OVERRIDES` is a third, as text, for single values; `AUTOGLM_CHECKPOINT` names the checkpoint directory,
+`AUTOGLM_SPEECH` and `AUTOGLM_BRIDGE` those of the speech encoder and of its projector, where there are any.
 A key that is unknown or of a wrong type is refused by its full name.
 """
 
@@ -133,6 +134,25 @@ class VisionSection:
 
 
 @dataclass(frozen=True)
+class AudioSection:
+    """Speech; see `autoglm.audio.speech` for the modes. Limits are those of one request and one file.
+
+    `max_seconds_per_pass` bounds what one pass of the encoder takes, padding included; a longer clip goes alone.
+    `warm_up` are lengths in seconds.
+    """
+
+    mode: Literal["transcript", "bridge"] = "transcript"
+    loading: Literal["lazy", "preload"] = "preload"
+    warm_up: tuple[int, ...] = (2, 5, 10)
+    decode_threads: int = 4
+    max_seconds_per_pass: int = 160
+    feature_cache_mb: Annotated[int, Range(0)] = 64
+    max_audio_files: int = 10
+    max_audio_seconds: int = 60
+    max_audio_bytes: int = 32 * 2**20
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Sizes of the language model's engine. Tokens are counted after images are expanded.
 
@@ -166,6 +186,22 @@ class SparseAttentionConfig:
 
 
 @dataclass(frozen=True)
+class GatewayConfig:
+    """The OpenAI-compatible front; see `gateway.fetch` for where images may come from.
+
+    `max_requests` are answered at once; an answer proves for `ready_within_s` that the server works.
+    """
+
+    model_name: str = "autoglm-phone-9b"
+    max_body_mb: int = 64
+    max_requests: int = 256
+    timeout_s: int = 600
+    ready_within_s: int = 15
+    image_hosts: tuple[str, ...] = ()
+    image_folder: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -174,8 +210,10 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     vision: VisionSection = field(default_factory=VisionSection)
+    audio: AudioSection = field(default_factory=AudioSection)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
 
 def load_config(
@@ -201,6 +239,12 @@ def checkpoint_directory() -> Path:
     if not directory:
         raise ConfigError("AUTOGLM_CHECKPOINT is not set: it names the checkpoint's directory")
     return Path(directory)
+
+
+def speech_directories() -> tuple[Path | None, Path | None]:
+    """The directories that `AUTOGLM_SPEECH` and `AUTOGLM_BRIDGE` name."""
+    encoder, projector = (os.environ.get(name) for name in ("AUTOGLM_SPEECH", "AUTOGLM_BRIDGE"))
+    return Path(encoder) if encoder else None, Path(projector) if projector else None
 
 
 def _read(path: Path) -> str:

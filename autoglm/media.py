@@ -121,13 +121,22 @@ def decode_data_url(url: str, limits: LimitsConfig, name: str) -> bytes:
     prefix = DATA_URL.match(url)
     if prefix is None:
         raise invalid(name, url, "a data URL (data:image/png;base64,...); other URLs are not fetched")
-    size = (len(url) - prefix.end()) * 3 // 4
-    if size > limits.max_image_bytes + 2:
-        raise invalid(name, Exact(f"about {size} bytes"), f"at most {limits.max_image_bytes} bytes per image")
+    return decode_base64(url[prefix.end() :], limits.max_image_bytes, name, "per image")
+
+
+def decode_base64(text: str, limit: int, name: str, per: str) -> bytes:
+    """The bytes that a text stands for, of which there may be `limit`.
+
+    Raises:
+        RequestError: broken base64, or more bytes than allowed.
+    """
+    size = len(text) * 3 // 4
+    if size > limit + 2:
+        raise invalid(name, Exact(f"about {size} bytes"), f"at most {limit} bytes {per}")
     try:
-        return base64.b64decode(url[prefix.end() :], validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{name}: got broken base64 ({error}); allowed: a whole data URL") from None
+        raise RequestError(f"{name}: got broken base64 ({error}); allowed: the whole of a file") from None
 
 
 def media_hash(data: bytes, grid: tuple[int, int, int]) -> str:

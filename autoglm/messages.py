@@ -1,4 +1,4 @@
-"""Reading a request's chat: MESSAGES (an OpenAI-style list as JSON) or PROMPT, with the images they refer to."""
+"""Reading a request's chat: MESSAGES (an OpenAI-style list as JSON) or PROMPT, with images and sound they refer to."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoglm.config import LimitsConfig
+from autoglm.audio.file import decode_audio_url
+from autoglm.config import AudioSection, LimitsConfig
 from autoglm.errors import Exact, RequestError, invalid
-from autoglm.media import decode_data_url
+from autoglm.media import decode_base64, decode_data_url
 
 ROLES = ("system", "user", "assistant")
-PART_TYPES = "text, image or image_url"
+PART_TYPES = "text, image, image_url, audio or input_audio"
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,22 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class AudioPart:
+    """A sound file; `name` is the field of the request that held it."""
+
+    data: bytes
+    name: str
+
+
+Part = TextPart | ImagePart | AudioPart
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn. `is_list` tells whether its content came as a list of parts; templates may treat that differently."""
 
     role: str
-    parts: tuple[TextPart | ImagePart, ...]
+    parts: tuple[Part, ...]
     is_list: bool
 
     @property
@@ -42,12 +54,21 @@ class Message:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
     @property
+    def sounds(self) -> tuple[AudioPart, ...]:
+        return tuple(part for part in self.parts if isinstance(part, AudioPart))
+
+    @property
     def texts(self) -> tuple[TextPart, ...]:
         return tuple(part for part in self.parts if isinstance(part, TextPart))
 
 
 def read_messages(
-    source: bytes, files: Sequence[bytes], limits: LimitsConfig, roles: Collection[str] = ROLES
+    source: bytes,
+    files: Sequence[bytes],
+    limits: LimitsConfig,
+    roles: Collection[str] = ROLES,
+    sounds: Sequence[bytes] = (),
+    audio: AudioSection | None = None,
 ) -> list[Message]:
     """Parse MESSAGES.
 
@@ -55,58 +76,86 @@ def read_messages(
         source: UTF-8 JSON text.
         files: the elements of IMAGES, in order; each goes to the next part of type image.
         roles: the roles that the checkpoint's template knows.
+        sounds: the elements of AUDIO, in order; each goes to the next part of type audio.
+        audio: limits of these; left out, the defaults.
 
     Raises:
         RequestError: anything that is not exactly such a chat, named like `MESSAGES[2].content[0].type`, or a number
-            of image parts that differs from the number of files.
+            of image or audio parts that differs from the number of files.
     """
-    _check_count(len(files), limits)
+    media = _Media(files, limits, sounds, audio or AudioSection())
     turns = _parse_json(source)
     if not isinstance(turns, list) or not turns:
         raise _wrong_type("MESSAGES", turns, "a non-empty list of messages")
-    queue = _Files(files, limits)
-    messages = [_read_message(turn, f"MESSAGES[{i}]", queue, roles) for i, turn in enumerate(turns)]
-    if queue.taken != len(files):
-        got = Exact(f"{len(files)} images for {queue.taken} parts of type image in MESSAGES")
+    messages = [_read_message(turn, f"MESSAGES[{i}]", media, roles) for i, turn in enumerate(turns)]
+    if media.images_taken != len(files):
+        got = Exact(f"{len(files)} images for {media.images_taken} parts of type image in MESSAGES")
         raise invalid("IMAGES", got, "one image for each such part")
-    _check_count(sum(len(message.images) for message in messages), limits)
+    if media.sounds_taken != len(sounds):
+        got = Exact(f"{len(sounds)} files for {media.sounds_taken} parts of type audio in MESSAGES")
+        raise invalid("AUDIO", got, "one file for each such part")
+    media.check_counts(sum(len(turn.images) for turn in messages), sum(len(turn.sounds) for turn in messages))
     return messages
 
 
-def read_prompt(source: bytes, files: Sequence[bytes], limits: LimitsConfig) -> list[Message]:
-    """One user turn from PROMPT: all images in order, then the text.
+def read_prompt(
+    source: bytes,
+    files: Sequence[bytes],
+    limits: LimitsConfig,
+    sounds: Sequence[bytes] = (),
+    audio: AudioSection | None = None,
+) -> list[Message]:
+    """One user turn from PROMPT: all images in order, all sounds, then the text, which sound may replace.
 
     Raises:
-        RequestError: the text is empty or not UTF-8, or there are too many images.
+        RequestError: the text is not UTF-8, or empty without any sound, or there are too many images or sounds.
     """
-    _check_count(len(files), limits)
+    media = _Media(files, limits, sounds, audio or AudioSection())
     text = _decode(source, "PROMPT")
-    if not text.strip():
-        raise invalid("PROMPT", text, "a non-empty text")
-    queue = _Files(files, limits)
-    return [Message("user", (*(queue.take() for _ in files), TextPart(text, "PROMPT")), is_list=True)]
+    if not text.strip() and not sounds:
+        raise invalid("PROMPT", text, "a non-empty text, or AUDIO")
+    parts: list[Part] = [media.take_image() for _ in files]
+    parts += [media.take_sound() for _ in sounds]
+    parts += [TextPart(text, "PROMPT")] if text.strip() else []
+    return [Message("user", tuple(parts), is_list=True)]
 
 
-class _Files:
-    """The elements of IMAGES in order. `taken` counts how many were asked for, which may be more than there are."""
+class _Media:
+    """The elements of IMAGES and of AUDIO in order, and how many of them were asked for, which may be more than there
+    are."""
 
-    def __init__(self, files: Sequence[bytes], limits: LimitsConfig) -> None:
-        self.files = files
+    def __init__(
+        self, images: Sequence[bytes], limits: LimitsConfig, sounds: Sequence[bytes], audio: AudioSection
+    ) -> None:
+        self.images = images
         self.limits = limits
-        self.taken = 0
+        self.sounds = sounds
+        self.audio = audio
+        self.images_taken = 0
+        self.sounds_taken = 0
+        self.check_counts(len(images), len(sounds))
 
-    def take(self) -> ImagePart:
-        i, self.taken = self.taken, self.taken + 1
+    def check_counts(self, images: int, sounds: int) -> None:
+        if images > self.limits.max_images:
+            raise invalid("IMAGES", Exact(f"{images} images"), f"at most {self.limits.max_images} in one request")
+        if sounds > self.audio.max_audio_files:
+            raise invalid("AUDIO", Exact(f"{sounds} files"), f"at most {self.audio.max_audio_files} in one request")
+
+    def take_image(self) -> ImagePart:
+        i, self.images_taken = self.images_taken, self.images_taken + 1
         name = f"IMAGES[{i}]"
-        file = self.files[i] if i < len(self.files) else b""
+        file = self.images[i] if i < len(self.images) else b""
         if file[:5] == b"data:":  # a JSON request cannot hold raw bytes
             file = decode_data_url(_decode(file, name), self.limits, name)
         return ImagePart(file, name)
 
-
-def _check_count(count: int, limits: LimitsConfig) -> None:
-    if count > limits.max_images:
-        raise invalid("IMAGES", Exact(f"{count} images"), f"at most {limits.max_images} in one request")
+    def take_sound(self) -> AudioPart:
+        i, self.sounds_taken = self.sounds_taken, self.sounds_taken + 1
+        name = f"AUDIO[{i}]"
+        file = self.sounds[i] if i < len(self.sounds) else b""
+        if file[:5] == b"data:":
+            file = decode_audio_url(_decode(file, name), self.audio, name)
+        return AudioPart(file, name)
 
 
 def _decode(source: bytes, name: str) -> str:
@@ -130,7 +179,7 @@ def _parse_json(source: bytes) -> Any:
         raise RequestError("MESSAGES: too deep or too long to be read; allowed: a JSON list of messages") from None
 
 
-def _read_message(turn: Any, name: str, files: _Files, roles: Collection[str]) -> Message:
+def _read_message(turn: Any, name: str, media: _Media, roles: Collection[str]) -> Message:
     # OpenAI's own client sends back empty fields of its answers: null is the same as absent.
     turn = _fields(turn, name, ("role", "content"))
     role, content = turn.get("role"), turn.get("content")
@@ -140,15 +189,15 @@ def _read_message(turn: Any, name: str, files: _Files, roles: Collection[str]) -
         return Message(role, (_text(content, f"{name}.content"),), is_list=False)
     if not isinstance(content, list) or not content:
         raise _wrong_type(f"{name}.content", content, "a string or a non-empty list of parts")
-    parts = tuple(_read_part(part, f"{name}.content[{j}]", files) for j, part in enumerate(content))
+    parts = tuple(_read_part(part, f"{name}.content[{j}]", media) for j, part in enumerate(content))
     if role != "user":
         for j, part in enumerate(parts):
-            if isinstance(part, ImagePart):
+            if not isinstance(part, TextPart):
                 raise invalid(f"{name}.content[{j}].type", content[j]["type"], f"text, as the role is {role}")
     return Message(role, parts, is_list=True)
 
 
-def _read_part(part: Any, name: str, files: _Files) -> TextPart | ImagePart:
+def _read_part(part: Any, name: str, media: _Media) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         text = _fields(part, name, ("type", "text")).get("text")
@@ -157,13 +206,23 @@ def _read_part(part: Any, name: str, files: _Files) -> TextPart | ImagePart:
         return _text(text, f"{name}.text")
     if kind == "image":
         _fields(part, name, ("type",))
-        return files.take()
+        return media.take_image()
     if kind == "image_url":
         link = _fields(part, name, ("type", "image_url")).get("image_url")
         url = _fields(link, f"{name}.image_url", ("url", "detail")).get("url")
         if not isinstance(url, str):
             raise _wrong_type(f"{name}.image_url.url", url, "a data URL")
-        return ImagePart(decode_data_url(url, files.limits, f"{name}.image_url.url"), f"{name}.image_url.url")
+        return ImagePart(decode_data_url(url, media.limits, f"{name}.image_url.url"), f"{name}.image_url.url")
+    if kind == "audio":
+        _fields(part, name, ("type",))
+        return media.take_sound()
+    if kind == "input_audio":
+        sound = _fields(part, name, ("type", "input_audio")).get("input_audio")
+        where = f"{name}.input_audio.data"
+        data = _fields(sound, f"{name}.input_audio", ("data", "format")).get("data")  # the file says its format itself
+        if not isinstance(data, str):
+            raise _wrong_type(where, data, "a file in base64")
+        return AudioPart(decode_base64(data, media.audio.max_audio_bytes, where, "per audio file"), where)
     if not isinstance(part, dict):
         raise _wrong_type(name, part, f"an object with a type ({PART_TYPES})")
     raise _wrong_type(f"{name}.type", kind, PART_TYPES)

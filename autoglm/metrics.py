@@ -1,4 +1,4 @@
-"""Counters and gauges of the engine and of the vision encoder's cache as Triton metrics.
+"""Counters and gauges of the engine and of the encoders' caches as Triton metrics.
 
 Triton's metric objects are not safe to share between threads (two at once can hang or kill the whole server), and a bad
 name can abort it. So every name is fixed here, and only the thread of `Publisher` touches the objects.
@@ -33,6 +33,13 @@ VISION_CACHE = {
     "entries": ("vision_cache_entries", "Images whose embeddings are kept"),
     "bytes": ("vision_cache_bytes", "Memory of the device that they take"),
     "host_bytes": ("vision_cache_host_bytes", "Pinned host memory that they take"),
+}
+AUDIO_CACHE = {
+    "hits": ("audio_cache_hits_total", "Clips whose embeddings or transcripts were known, or were just being made"),
+    "misses": ("audio_cache_misses_total", "Clips that were encoded"),
+    "evictions": ("audio_cache_evictions_total", "Embeddings and transcripts dropped because the cache was full"),
+    "entries": ("audio_cache_entries", "Clips whose embeddings or transcripts are kept"),
+    "bytes": ("audio_cache_bytes", "Memory that they take"),
 }
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 

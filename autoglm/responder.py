@@ -100,6 +100,7 @@ class Responder:
         return [
             tensor("TEXT", np.array([output.text.encode()], np.object_)),
             tensor("TOKEN_IDS", np.array(output.token_ids, np.int32)),
+            tensor("TRANSCRIPTS", np.array([text.encode() for text in output.transcripts], np.object_)),
             tensor("FINISH_REASON", np.array([(output.finish_reason or "").encode()], np.object_)),
             tensor("USAGE", np.array([usage.encode()], np.object_)),
         ]
@@ -117,7 +118,8 @@ def merge(first: Output, second: Output) -> Output:
     """Two outputs of one request as one. An error takes the place of what came before it."""
     if second.error is not None:
         return second
-    return Output(first.text + second.text, first.token_ids + second.token_ids, second.finish_reason, second.usage)
+    text, ids = first.text + second.text, first.token_ids + second.token_ids
+    return Output(text, ids, first.transcripts + second.transcripts, second.finish_reason, second.usage)
 
 
 def _rounded(value: float) -> float:

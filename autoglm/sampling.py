@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autoglm.errors import RequestError, invalid
-from autoglm.vision.pixel_limits import PARAMETERS
 
 DEFAULT_PRIORITY = 5
 LOWEST_PRIORITY = 10
 MAX_STOPS = 16
 LEAST_SPARSE_RATIO = 0.01
+
+# What preprocess reads of a request: how images are resized, how sound is heard.
+MEDIA_PARAMETERS = ("max_pixels", "min_pixels", "audio_mode")
 
 SparseMode = Literal["off", "topk", "pages", "snap", "prune"]
 
@@ -49,7 +51,7 @@ class SamplingParams:
         """Check a request's parameters.
 
         Args:
-            parameters: as they came, by name. None counts as absent.
+            parameters: as they came, by name. None counts as absent; those of MEDIA_PARAMETERS are passed over.
             defaults: the checkpoint's generation_config.json; its sampling values hold if it asks for sampling.
 
         Raises:
@@ -61,8 +63,10 @@ class SamplingParams:
         if defaults.get("repetition_penalty") is not None:
             values["repetition_penalty"] = defaults["repetition_penalty"]
         for name, value in parameters.items():
+            if name in MEDIA_PARAMETERS:
+                continue
             if name not in CHECKS:
-                allowed = ", ".join((*CHECKS, *PARAMETERS))  # those of images have been taken out before
+                allowed = ", ".join((*CHECKS, *MEDIA_PARAMETERS))
                 raise RequestError(f"parameter {name!r} is unknown, allowed are {allowed}")
             if value is None:
                 continue

@@ -6,7 +6,10 @@
 import json
 import logging
 import traceback
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from autoglm.errors import ErrorCode, RequestError
 
@@ -31,6 +34,13 @@ def error_response(pb_utils: Any, error: Exception) -> Any:
         )
     code = getattr(pb_utils.TritonError, error.code.triton_name)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{error.code.value}: {error.message}", code))
+
+
+def string_row(elements: Sequence[bytes]) -> Any:
+    """[1, n] array of bytes objects (numpy's own bytes type would cut trailing zero bytes)."""
+    row = np.empty((1, len(elements)), np.object_)
+    row[0, :] = elements
+    return row
 
 
 class _TritonHandler(logging.Handler):

@@ -69,6 +69,8 @@ def _make_server(options: Options) -> TritonServer:
         checkpoint=options.checkpoint,
         config=options.config,
         preset=options.preset,
+        speech=options.speech,
+        bridge=options.bridge,
         installation=Installation.from_executable(given) if given else Installation.from_wheel(),
         host=options.host,
         ports=options.ports,

@@ -15,6 +15,7 @@ from autoglm_launcher.ports import Ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
+DEMO_SPEECH = ROOT / "demo" / "speech"
 CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32", "fp8": "float8", "int8": "int8"}
 
 
@@ -22,12 +23,15 @@ CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32", "fp8": "f
 class Options:
     """What to serve and where. log: None means standard output. tritonserver: None means the wheel's.
 
+    speech, bridge: directories of the speech encoder and of its projector; None means without.
     overrides: values that the command line sets over the configuration, in YAML; empty for none.
     """
 
     checkpoint: Path
     config: Path
     preset: Path | None
+    speech: Path | None
+    bridge: Path | None
     overrides: str
     gpus: tuple[int, ...] | None
     host: str
@@ -43,6 +47,11 @@ class Options:
             raise LauncherError(f"checkpoint {self.checkpoint} {reason}: give --checkpoint a Hugging Face directory")
         if not any(self.checkpoint.glob("*.safetensors")):
             raise LauncherError(f"checkpoint {self.checkpoint} has no *.safetensors: its weights are not downloaded")
+        for name, directory in (("--speech", self.speech), ("--bridge", self.bridge)):
+            if directory is not None and not (directory / "config.json").is_file():
+                raise LauncherError(f"{directory} has no config.json: give {name} the directory of its weights")
+        if self.bridge is not None and self.speech is None:
+            raise LauncherError("--bridge needs --speech: a projector works with its encoder only")
         if not self.config.is_file():
             raise LauncherError(f"configuration {self.config} is no file: give --config a YAML file")
         if self.preset is not None and not self.preset.is_file():
@@ -60,11 +69,13 @@ def parse(argv: Sequence[str]) -> Options:
         description="Serve an AutoGLM checkpoint with the NVIDIA Triton Inference Server. Installs into .venv first.",
         epilog="Environment: AUTOGLM_PYTHON (the Python to use), AUTOGLM_TORCH_INDEX (a pip index for PyTorch), "
         "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CACHE (where quantised weights are kept), "
-        "AUTOGLM_CHECKPOINT, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (lines of configuration).",
+        "AUTOGLM_CHECKPOINT, AUTOGLM_SPEECH, AUTOGLM_BRIDGE, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (lines of it).",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="Hugging Face directory to serve (default: demo/checkpoint)")
     add("--config", type=Path, metavar="FILE", help="configuration (default: autoglm-config.yaml)")
+    add("--speech", type=Path, metavar="DIR", help="Hugging Face directory of Wav2Vec2, to hear (demo: demo/speech)")
+    add("--bridge", type=Path, metavar="DIR", help="its projector to embeddings, for audio_mode bridge")
     add("--preset", metavar="NAME", help="presets/NAME.yaml replaces lines of the configuration")
     int8 = parser.add_mutually_exclusive_group()
     int8.add_argument("--use-int8", action="store_true", default=None, help="quantise the language model's weights")
@@ -83,10 +94,17 @@ def parse(argv: Sequence[str]) -> Options:
     base = Path(os.environ.get("AUTOGLM_CALLED_FROM") or Path.cwd())
     preset = ROOT / "presets" / f"{given.preset}.yaml" if given.preset else _from_environment("PRESET")
     log = Path(given.log or ROOT / "logs" / f"server-{given.http_port}.log")
+    checkpoint = base / (given.checkpoint or _from_environment("CHECKPOINT") or DEMO_CHECKPOINT)
+    speech = given.speech or _from_environment("SPEECH")
+    bridge = given.bridge or _from_environment("BRIDGE")
+    if checkpoint.resolve() == DEMO_CHECKPOINT and speech is None and bridge is None:
+        speech, bridge = (_if_there(DEMO_SPEECH / part) for part in ("encoder", "bridge"))
     return Options(
-        checkpoint=base / (given.checkpoint or _from_environment("CHECKPOINT") or DEMO_CHECKPOINT),
+        checkpoint=checkpoint,
         config=base / (given.config or _from_environment("CONFIG") or ROOT / "autoglm-config.yaml"),
         preset=preset and base / preset,
+        speech=speech and base / speech,
+        bridge=bridge and base / bridge,
         overrides=_overrides(given) or os.environ.get("AUTOGLM_OVERRIDES", ""),
         gpus=given.gpus,
         host=given.host,
@@ -100,6 +118,10 @@ def parse(argv: Sequence[str]) -> Options:
 def _from_environment(name: str) -> Path | None:
     value = os.environ.get(f"AUTOGLM_{name}")
     return Path(value) if value else None
+
+
+def _if_there(directory: Path) -> Path | None:
+    return directory if directory.is_dir() else None
 
 
 def _overrides(given: argparse.Namespace) -> str:

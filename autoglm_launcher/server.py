@@ -40,8 +40,8 @@ CLOSED_APIS = "model-repository,shared-memory,logging,trace"
 class TritonServer:
     """One tritonserver with its stubs, on ports of its own. Use it as a context manager, or start() and stop().
 
-    repository: the model repository. checkpoint, config, preset: what the models read (AUTOGLM_CHECKPOINT,
-    AUTOGLM_CONFIG, AUTOGLM_PRESET); left out, the models' defaults hold. ports: left out, three free ones.
+    repository: the model repository. checkpoint, config, preset, speech, bridge: what the models read
+    (AUTOGLM_CHECKPOINT and so on); left out, the models' defaults hold. ports: left out, three free ones.
     gpus: indices for CUDA_VISIBLE_DEVICES; left out, all. log_path: the server's output; left out, this process's own.
     environment: further variables for the server and the stubs. grace_s: what a stop gives running requests.
     """
@@ -53,6 +53,8 @@ class TritonServer:
         config: Path | None = None,
         preset: Path | None = None,
         *,
+        speech: Path | None = None,
+        bridge: Path | None = None,
         installation: Installation | None = None,
         host: str = "127.0.0.1",
         ports: Ports | None = None,
@@ -69,7 +71,8 @@ class TritonServer:
         self._grace_s = grace_s
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._environment = dict(os.environ)
-        for name, value in (("CHECKPOINT", checkpoint), ("CONFIG", config), ("PRESET", preset)):
+        given = {"CHECKPOINT": checkpoint, "CONFIG": config, "PRESET": preset, "SPEECH": speech, "BRIDGE": bridge}
+        for name, value in given.items():
             if value is not None:
                 self._environment[f"AUTOGLM_{name}"] = str(value.resolve())
         if gpus is not None:

@@ -31,15 +31,23 @@ DENSE = "unquantised"  # what `off` is called there
 
 
 def table(rows: Rows, quality: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown."""
-    yield "| mode, ratio | " + " | ".join(COLUMNS) + " | demo: taps right | moved by, of 1000 |"
-    yield "|---" * (len(COLUMNS) + 3) + "|"
-    for setting in SETTINGS:
-        cells = [cell(rows, setting, names) for names in COLUMNS.values()]
-        measured = quality.get(DENSE if setting == "off" else setting)
-        cells += [f"{measured['taps_right']:.1%}", f"{measured['moved']:.2f}"] if measured else ["", ""]
-        if any(cells):
-            yield f"| {setting} | " + " | ".join(cells) + " |"
+    """Lines of Markdown; without columns in which nothing was measured."""
+    lines = {setting: list(cells(rows, quality, setting)) for setting in SETTINGS}
+    heads = [*COLUMNS, "demo: taps right", "moved by, of 1000"]
+    shown = [place for place in range(len(heads)) if any(line[place] for line in lines.values())]
+    yield "| mode, ratio | " + " | ".join(heads[place] for place in shown) + " |"
+    yield "|---" * (len(shown) + 1) + "|"
+    for setting, line in lines.items():
+        if any(line):
+            yield f"| {setting} | " + " | ".join(line[place] for place in shown) + " |"
+
+
+def cells(rows: Rows, quality: Mapping[str, Mapping[str, Any]], setting: str) -> Iterator[str]:
+    for names in COLUMNS.values():
+        yield cell(rows, setting, names)
+    measured = quality.get(DENSE if setting == "off" else setting)
+    yield f"{measured['taps_right']:.1%}" if measured else ""
+    yield f"{measured['moved']:.2f}" if measured else ""
 
 
 def cell(rows: Rows, setting: str, names: tuple[str, ...]) -> str:

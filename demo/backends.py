@@ -37,10 +37,10 @@ class LibraryBackend:
     def __init__(self, directory: Path) -> None:
         config = Config(engine=EngineConfig(kv_cache_mb=128))
         device, dtype = choose_device(config.model)
-        checkpoint = Checkpoint.open(directory)
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.checkpoint = checkpoint = Checkpoint.open(directory)
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.limits = config.limits
-        self.renderer = ChatRenderer(checkpoint, tokenizer, config.limits, checkpoint.text.max_position_embeddings)
+        self.renderer = ChatRenderer(checkpoint, self.tokenizer, config.limits, checkpoint.text.max_position_embeddings)
         self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
         self.engine = Engine.from_config(checkpoint, config, device, dtype)
         self.engine.start()
@@ -56,14 +56,15 @@ class LibraryBackend:
             sampling = SamplingParams(max_tokens=MAX_TOKENS)
             self.engine.submit(Request("", prompt.token_ids, sampling, sink.put, grids, digests, embeddings))
             outputs.append(sink)
-        return [_collect(sink) for sink in outputs]
+        return [collect(sink) for sink in outputs]
 
     def close(self) -> None:
         self.engine.close()
         self.encoder.close()
 
 
-def _collect(sink: queue.SimpleQueue[Output]) -> str:
+def collect(sink: queue.SimpleQueue[Output]) -> str:
+    """The whole answer that an engine puts into `sink`."""
     text = ""
     while True:
         piece = sink.get()

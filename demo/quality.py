@@ -1,6 +1,6 @@
-"""What 8 bits cost: the demo checkpoint's accuracy with INT8 weights and with 8-bit keys and values, each served.
+"""What 8 bits and sparse attention cost: the demo checkpoint's accuracy under such settings, each served.
 
-    python -m demo.quality [--questions 1000] [--out demo/training/quality.json] [--table]
+    python -m demo.quality [--questions 1000] [--only SETTING ...] [--out demo/training/quality.json] [--table]
 
 Every setting gets a tritonserver of its own and the same held-out screens (`demo.evaluate`). `moved` is how far a tap
 lies from where the unquantised model puts it, in thousandths of the screen, x and y averaged, over the taps that both
@@ -22,21 +22,38 @@ from demo.backends import ServerBackend
 from demo.evaluate import Question, Verdict, ask, questions
 from demo.fonts import require_fonts
 
-SETTINGS: dict[str, tuple[bool, str]] = {  # INT8 weights, keys and values
-    "unquantised": (False, "auto"),
-    "INT8 weights": (True, "auto"),
-    "FP8 keys and values": (False, "float8"),
-    "INT8 keys and values": (False, "int8"),
-    "INT8 weights, FP8 keys and values": (True, "float8"),
-    "INT8 weights, INT8 keys and values": (True, "int8"),
-}
 FIRST = "unquantised"
+SMALLER: dict[str, dict[str, Any]] = {  # what the configuration says instead
+    FIRST: {},
+    "INT8 weights": {"quantization": {"enabled": True}},
+    "FP8 keys and values": {"engine": {"kv_cache_dtype": "float8"}},
+    "INT8 keys and values": {"engine": {"kv_cache_dtype": "int8"}},
+    "INT8 weights, FP8 keys and values": {
+        "quantization": {"enabled": True},
+        "engine": {"kv_cache_dtype": "float8"},
+    },
+    "INT8 weights, INT8 keys and values": {
+        "quantization": {"enabled": True},
+        "engine": {"kv_cache_dtype": "int8"},
+    },
+    "INT8 vision encoder": {"vision": {"int8": True}},
+    "all in INT8": {
+        "quantization": {"enabled": True},
+        "engine": {"kv_cache_dtype": "int8"},
+        "vision": {"int8": True},
+    },
+}
+SPARSE: dict[str, dict[str, Any]] = {
+    f"{mode} {ratio}": {"sparse_attention": {"mode": mode, "ratio": ratio, "min_batch": 1}}
+    for mode in ("topk", "pages", "snap", "prune")
+    for ratio in (0.2, 0.3, 0.4, 0.5)
+}
+SETTINGS = SMALLER | SPARSE
 
 
 def serve(setting: str, asked: Sequence[Question], batch: int, config: Path) -> list[Verdict]:
     """Verdicts on all questions, from a server of this setting."""
-    int8, cache = SETTINGS[setting]
-    overrides = {"quantization": {"enabled": int8}, "engine": {"kv_cache_dtype": cache}}
+    overrides = {"quantization": {"enabled": False}, **SETTINGS[setting]}
     with tempfile.TemporaryDirectory() as folder:
         server = TritonServer(
             checkpoint=ROOT / "demo" / "checkpoint",
@@ -72,7 +89,7 @@ def summarise(verdicts: Sequence[Verdict], plain: Sequence[Verdict], asked: Sequ
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results in Markdown."""
+    """Some of the results in Markdown."""
     lines = ["| setting | taps inside the target | other actions | taps moved by |", "|---|---|---|---|"]
     for name, row in results.items():
         moved = "-" if name == FIRST else f"{row['moved']:.2f} / 1000"
@@ -86,18 +103,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="questions asked together")
     parser.add_argument("--config", type=Path, default=ROOT / "autoglm-config.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "training" / "quality.json")
+    parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="SETTING",
+                        help="measure these; what the file says of others stays")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="only print what an earlier run has written")
     arguments = parser.parse_args()
+    results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
     if not arguments.table:
         require_fonts()
         asked = list(questions(arguments.questions))
-        verdicts: dict[str, list[Verdict]] = {}
-        for name in SETTINGS:
-            verdicts[name] = serve(name, asked, arguments.batch, arguments.config)
-            print(name, summarise(verdicts[name], verdicts[FIRST], asked), flush=True)
-        results = {name: summarise(found, verdicts[FIRST], asked) for name, found in verdicts.items()}
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(json.loads(arguments.out.read_text(encoding="utf-8"))))
+        plain = serve(FIRST, asked, arguments.batch, arguments.config)
+        for name in arguments.only:
+            verdicts = plain if name == FIRST else serve(name, asked, arguments.batch, arguments.config)
+            results[name] = summarise(verdicts, plain, asked)
+            print(name, results[name], flush=True)
+            ordered = {name: results[name] for name in SETTINGS if name in results}
+            arguments.out.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    for settings in (SMALLER, SPARSE):
+        print(table({name: results[name] for name in settings if name in results}), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from autoglm.audio.speech import Speech
 from autoglm.chat import MARKS, ChatRenderer, Prompt
 from autoglm.checkpoint import Checkpoint, ImageLimits, TextConfig, VisionConfig
-from autoglm.config import LimitsConfig
+from autoglm.config import ConfigError, LimitsConfig
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.messages import read_messages, read_prompt
+from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
 from tests.checkpoints import TEMPLATE, make_tokenizer
 
 # Uses what GLM-4.6V's template uses: newlines between parts, macros, namespaces, filters, string methods, tool turns.
@@ -236,7 +239,7 @@ def test_answer_tags_in_the_history_are_tokens(make_renderer: Callable[..., Chat
 def test_a_text_with_every_mark_is_refused(make_renderer: Callable[..., ChatRenderer]) -> None:
     with pytest.raises(RequestError, match="noncharacters"):
         render(make_renderer(), [turn("user", "".join(MARKS))])
-    assert render(make_renderer(), [turn("user", "".join(MARKS[:-1]))])
+    assert render(make_renderer(), [turn("user", "".join(MARKS[:-2]))])
 
 
 def test_the_context_bounds_the_prompt(make_renderer: Callable[..., ChatRenderer]) -> None:
@@ -282,3 +285,40 @@ def test_image_ids_without_tokens_are_a_fault_of_the_checkpoint(make_renderer: C
     broken = Checkpoint(**{**checkpoint.__dict__, "image_token_id": 10**6})
     with pytest.raises(ValueError, match="1000000"):
         ChatRenderer(broken, Tokenizer.from_str(TOKENIZER.to_str()), LimitsConfig(), 100)
+
+
+def test_sound_stands_where_a_text_would(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
+    speech = Speech.open(write_encoder(tmp_path / "a", "group"), write_projector(tmp_path / "b", 128), 128)
+    sound, clip = sound_file(tone(0.5)), {"type": "audio"}
+    words = "@@"  # what takes the clip's place in the chat that it is compared with
+    chat = [turn("system", "be short"), turn("user", [text("a"), clip, SCREEN, text("<|user|>"), clip])]
+    typed = [turn("system", "be short"), turn("user", [text("a"), text(words), SCREEN, text("<|user|>"), text(words)])]
+    for content_format in ("string", "list"):
+        renderer = make_renderer(speech=speech, content_format=content_format)
+        read = read_messages(json.dumps(chat).encode(), FILES[:1], renderer.limits, renderer.roles, [sound] * 2)
+        modes: dict[Literal["transcript", "bridge"], int] = {"transcript": 1, "bridge": 5}
+        for mode, count in modes.items():
+            prompt = renderer.render(read, audio_mode=mode)
+            ids, placeholder = prompt.token_ids, renderer.checkpoint.audio_token_id
+            assert ids.count(placeholder) == 2 * count
+            assert [clip.tokens for clip in prompt.clips] == [0 if mode == "transcript" else 5] * 2
+            found = "".join(renderer.tokenizer.decode([i], skip_special_tokens=False) for i in ids if i != placeholder)
+            expected = render(renderer, typed, FILES[:1]).token_ids
+            shown = "".join(renderer.tokenizer.decode([i], skip_special_tokens=False) for i in expected)
+            assert found == shown.replace(words, "")
+
+
+def test_speech_needs_a_free_id(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
+    speech = Speech.open(write_encoder(tmp_path, "group"), None, 128)
+    checkpoint = make_renderer().checkpoint
+    full = replace(checkpoint, text=replace(checkpoint.text, vocab_size=len(IDS)))
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    ChatRenderer(full, tokenizer, LimitsConfig(), 4096)
+    with pytest.raises(ConfigError, match="speech needs an id beyond the tokenizer's"):
+        ChatRenderer(full, tokenizer, LimitsConfig(), 4096, speech=speech)
+
+
+def test_a_deaf_renderer_refuses_sound(make_renderer: Callable[..., ChatRenderer]) -> None:
+    renderer = make_renderer()
+    with pytest.raises(RequestError, match="AUDIO: this server has no speech encoder"):
+        renderer.render(read_prompt(b"hi", [], renderer.limits, [b"RIFF"]))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from autoglm.config import LimitsConfig
+from autoglm.config import AudioSection, LimitsConfig
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.messages import ImagePart, TextPart, read_messages, read_prompt
+from autoglm.messages import AudioPart, ImagePart, TextPart, read_messages, read_prompt
 
 LIMITS = LimitsConfig(max_images=3)
 URL = "data:image/png;base64," + base64.b64encode(b"inline").decode()
@@ -85,7 +85,7 @@ def test_what_is_not_a_list_of_messages_is_refused(source: bytes, says: str) -> 
     ([user()], "MESSAGES[0].content: got an empty JSON list"),
     ([{"role": "user", "content": "x", "nmae": "a"}], "MESSAGES[0]: got the unknown field 'nmae'"),
     ([user(TEXT, "x")], "MESSAGES[0].content[1]: got 'x'; allowed: an object with a type"),
-    ([user({"text": "x"})], "MESSAGES[0].content[0].type: got nothing; allowed: text, image or image_url"),
+    ([user({"text": "x"})], "MESSAGES[0].content[0].type: got nothing; allowed: text, image, image_url, audio"),
     ([user({"type": "video"})], "MESSAGES[0].content[0].type: got 'video'"),
     ([user({"type": {"a": 1}})], "MESSAGES[0].content[0].type: got a JSON object"),
     ([user({"type": "text"})], "MESSAGES[0].content[0].text: got nothing"),
@@ -133,3 +133,33 @@ def test_a_prompt_is_one_user_turn_with_the_images_first() -> None:
         assert says in caught.value.message
     with pytest.raises(RequestError, match="4 images"):
         read_prompt(b"x", [b"f"] * 4, LIMITS)
+
+
+def test_sound_is_read_in_order() -> None:
+    inline = {"type": "input_audio", "input_audio": {"data": "aW5saW5l", "format": "mp3"}}
+    chat = json.dumps([user({"type": "audio"}, TEXT, inline, IMAGE, {"type": "audio"})]).encode()
+    (turn,) = read_messages(chat, [b"image"], LIMITS, sounds=[b"one", b"data:audio/wav;base64,dHdv"])
+    assert turn.sounds == (
+        AudioPart(b"one", "AUDIO[0]"),
+        AudioPart(b"inline", "MESSAGES[0].content[2].input_audio.data"),
+        AudioPart(b"two", "AUDIO[1]"),
+    )
+    assert [type(part) for part in turn.parts] == [AudioPart, TextPart, AudioPart, ImagePart, AudioPart]
+    (turn,) = read_prompt(b"", [b"image"], LIMITS, [b"one"])
+    assert [type(part) for part in turn.parts] == [ImagePart, AudioPart]
+
+
+@pytest.mark.parametrize("parts, sounds, says", [
+    ([{"type": "audio"}], [], "AUDIO: got 0 files for 1 parts of type audio"),
+    ([TEXT], [b"one"], "AUDIO: got 1 files for 0 parts of type audio"),
+    ([{"type": "audio"}] * 2, [b"one"] * 3, "AUDIO: got 3 files; allowed: at most 2 in one request"),
+    ([{"type": "input_audio", "input_audio": {"data": "&"}}], [], ".input_audio.data: got broken base64"),
+    ([{"type": "input_audio", "input_audio": {}}], [], ".input_audio.data: got nothing; allowed: a file in base64"),
+    ([{"type": "input_audio", "input_audio": {"data": "A" * 99}}], [], "got about 74 bytes; allowed: at most 64"),
+    ([{"type": "audio", "audio": "x"}], [b"one"], "MESSAGES[0].content[0]: got the unknown field 'audio'"),
+])  # fmt: skip
+def test_each_fault_of_sound_is_named(parts: list[Any], sounds: list[bytes], says: str) -> None:
+    limits = AudioSection(max_audio_files=2, max_audio_bytes=64)
+    with pytest.raises(RequestError) as caught:
+        read_messages(json.dumps([user(*parts)]).encode(), [], LIMITS, sounds=sounds, audio=limits)
+    assert says in caught.value.message

@@ -74,7 +74,7 @@ def _view(chunk: Chunk, row: int, block_size: int, device: torch.device) -> View
     sequence, sparsity = chunk.sequence, chunk.sequence.sparsity
     if sparsity is None or not (sparsity.mode == "topk" or sequence.to_thin):
         return None
-    visual = np.concatenate([np.arange(span.start, span.start + span.length) for span in sequence.media])
+    visual = np.concatenate([np.arange(span.start, span.end) for span in sequence.images])
     first = sequence.window if sequence.to_thin else int(visual[0])
     places = np.setdiff1d(np.arange(max(chunk.start, first), chunk.end), visual, assume_unique=True)
     if not len(places):

@@ -22,10 +22,9 @@ from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
-from autoglm.llm.positions import image_runs, prompt_positions
 from autoglm.llm.prefill import largest_pass
-from autoglm.llm.prefix_keys import MediaSpan
-from autoglm.llm.pruning import Prompt, prune
+from autoglm.llm.prompt import read_prompt, with_transcripts
+from autoglm.llm.pruning import prune
 from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
 from autoglm.llm.sequence import FinishReason, Output, Request, Sequence
@@ -224,40 +223,25 @@ class Engine:
             self.stats.requests += 1
 
     def _sequence(self, request: Request) -> Sequence:
+        request = with_transcripts(request, self.checkpoint.audio_token_id, self.vocabulary.encode)
         length = len(request.token_ids)
         if not 0 < length < self.max_context:
             raise RequestError(f"prompt: {length} tokens; allowed: 1 to {self.max_context - 1} (engine.max_context)")
         highest = max(request.token_ids)
         if highest >= self.checkpoint.text.vocab_size or min(request.token_ids) < 0:
             raise RequestError(f"prompt: token id {highest}; allowed: 0 to {self.checkpoint.text.vocab_size - 1}")
-        merge = self.checkpoint.vision.spatial_merge_size
-        image_token = self.checkpoint.image_token_id
-        try:
-            runs = image_runs(request.token_ids, request.grids, image_token, merge)
-            positions, following = prompt_positions(request.token_ids, request.grids, image_token, merge)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        media = [MediaSpan(digest, *run) for digest, run in zip(request.digests, runs, strict=True)]
-        rows = 0 if request.embeddings is None else request.embeddings.shape[0]
-        if rows != sum(span.length for span in media):
-            raise RequestError(
-                f"embeddings: {rows} rows for {sum(span.length for span in media)} image tokens", ErrorCode.INTERNAL
-            )
-        sparsity = Sparsity.choose(self.sparse_attention, request.sampling)
-        if not media:
-            sparsity = None
+        prompt = read_prompt(request, self.checkpoint)
+        sparsity = Sparsity.choose(self.sparse_attention, request.sampling) if request.grids else None
         if sparsity is not None:
-            media = sparsity.name(media)
-            if sparsity.mode == "prune" and request.embeddings is not None:
-                pruned = prune(Prompt(request.token_ids, positions, media, request.embeddings), sparsity)
-                request = replace(request, token_ids=pruned.token_ids, embeddings=pruned.embeddings)
-                positions, media = pruned.positions, pruned.media
+            prompt = replace(prompt, media=sparsity.name(prompt.media))
+            prompt = prune(prompt, sparsity) if sparsity.mode == "prune" else prompt
+        request = replace(request, token_ids=prompt.token_ids, embeddings=prompt.embeddings, audio_embeddings=None)
         wanted = request.sampling.max_tokens or self.config.default_max_tokens
         return Sequence(
             request,
-            positions,
-            following,
-            media,
+            prompt.positions,
+            prompt.next_position,
+            prompt.media,
             Detokenizer(self.vocabulary),
             stop_ids(self.checkpoint.eos_token_ids, request.sampling.stop_token_ids, request.sampling.ignore_eos),
             min(wanted, self.max_context - length),

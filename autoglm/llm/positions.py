@@ -32,6 +32,31 @@ def image_runs(
     return runs
 
 
+def audio_runs(token_ids: Sequence[int], lengths: Sequence[int], audio_token_id: int) -> list[tuple[int, int]]:
+    """Where clips' placeholders stand in a prompt: (start, length), in order. Positions count them as text.
+
+    Args:
+        lengths: how many tokens each clip has, at least 1.
+
+    Raises:
+        ValueError: the runs of placeholders do not match the lengths.
+    """
+    runs = []
+    end = 0
+    for length in lengths:
+        try:
+            start = token_ids.index(audio_token_id, end)
+        except ValueError:
+            raise ValueError(f"the prompt has fewer clips than the {len(lengths)} of AUDIO_TOKENS") from None
+        end = start + length
+        if token_ids[start:end] != [audio_token_id] * length:
+            raise ValueError(f"the clip at token {start} has not the {length} placeholders that AUDIO_TOKENS says")
+        runs.append((start, length))
+    if lengths and audio_token_id in token_ids[end:]:
+        raise ValueError(f"the prompt has more audio placeholders than the {len(lengths)} clips of AUDIO_TOKENS")
+    return runs
+
+
 def prompt_positions(
     token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]], image_token_id: int, merge_size: int
 ) -> tuple[torch.Tensor, int]:

@@ -8,11 +8,16 @@ from hashlib import sha256
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """A run of placeholder tokens in a prompt; `digest` names the media they stand for."""
+    """A run of placeholder tokens in a prompt; `digest` names the media they stand for. Images are `visual`."""
 
     digest: bytes
     start: int
     length: int
+    visual: bool = True
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 def prefix_key(parent: bytes, token_ids: Sequence[int], start: int, media: Sequence[MediaSpan]) -> bytes:
@@ -25,7 +30,7 @@ def prefix_key(parent: bytes, token_ids: Sequence[int], start: int, media: Seque
     name.update(array("q", token_ids).tobytes())
     end = start + len(token_ids)
     for span in media:
-        if span.start < end and span.start + span.length > start:
+        if span.start < end and span.end > start:
             name.update(span.digest)
             name.update((span.start - start).to_bytes(8, "little", signed=True))
     return name.digest()

@@ -1,40 +1,33 @@
 """Visual tokens dropped before the language model: the most diverse of each image stay, whatever is asked about it."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from autoglm.llm.prefix_keys import MediaSpan
+from autoglm.llm.prompt import Prompt
 from autoglm.llm.sparsity import Sparsity
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's tokens, their positions int32 [3, T], its media, and these's embeddings one behind another."""
-
-    token_ids: list[int]
-    positions: torch.Tensor
-    media: list[MediaSpan]
-    embeddings: torch.Tensor
 
 
 def prune(prompt: Prompt, sparsity: Sparsity) -> Prompt:
     """The prompt without the tokens of images that others resemble. What stays keeps its position and its order."""
+    if prompt.embeddings is None:
+        raise ValueError("a prompt without images cannot be pruned")
     stays = torch.ones(len(prompt.token_ids), dtype=torch.bool)
     media: list[MediaSpan] = []
     features: list[torch.Tensor] = []
     dropped = 0
     parts = torch.split(prompt.embeddings, [span.length for span in prompt.media])
     for span, rows in zip(prompt.media, parts, strict=True):
-        chosen = most_diverse(rows, sparsity.kept(span.length))
-        stays[span.start : span.start + span.length] = False
+        chosen = most_diverse(rows, sparsity.kept(span.length)) if span.visual else torch.arange(span.length)
+        stays[span.start : span.end] = False
         stays[span.start + chosen.cpu()] = True
-        media.append(MediaSpan(span.digest, span.start - dropped, len(chosen)))
-        features.append(rows[chosen])
+        media.append(replace(span, start=span.start - dropped, length=len(chosen)))
+        features.append(rows[chosen] if span.visual else rows)
         dropped += span.length - len(chosen)
     token_ids = [token for token, kept in zip(prompt.token_ids, stays.tolist(), strict=True) if kept]
-    return Prompt(token_ids, prompt.positions[:, stays], media, torch.cat(features))
+    return Prompt(token_ids, prompt.positions[:, stays], media, torch.cat(features), prompt.next_position)
 
 
 def most_diverse(embeddings: torch.Tensor, count: int) -> torch.Tensor:

@@ -202,12 +202,12 @@ class ModelRunner:
 
 
 def place_media(hidden: torch.Tensor, chunk: Chunk) -> None:
-    """Put the images' embeddings over the placeholders of one chunk. hidden [chunk.length, hidden_size]"""
+    """Put the media's embeddings over the placeholders of one chunk. hidden [chunk.length, hidden_size]"""
     embeddings = chunk.sequence.request.embeddings
     row = 0
     for span in chunk.sequence.media:
         first = max(span.start, chunk.start)
-        last = min(span.start + span.length, chunk.end)
+        last = min(span.end, chunk.end)
         if first < last and embeddings is not None:
             rows = embeddings[row + first - span.start : row + last - span.start]
             hidden[first - chunk.start : last - chunk.start] = rows.to(hidden.device, hidden.dtype)

@@ -75,8 +75,8 @@ def visual_blocks(sequence: Sequence, block_size: int, max_blocks: int) -> Numbe
     """int32 [max_blocks], 1 for blocks of visual keys only, of sequences that choose among them."""
     found = np.zeros(max_blocks, np.int32)
     if sequence.sparsity is not None and sequence.sparsity.mode == "pages":
-        for span in sequence.media:
-            found[-(-span.start // block_size) : (span.start + span.length) // block_size] = 1
+        for span in sequence.images:
+            found[-(-span.start // block_size) : span.end // block_size] = 1
     return found
 
 

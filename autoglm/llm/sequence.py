@@ -25,25 +25,29 @@ Sink = Callable[["Output"], None]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took; milliseconds by stage."""
+    """What a request took; milliseconds by stage. `audio_tokens` are those of bridged clips: a transcript is text."""
 
     prompt_tokens: int
     image_tokens: int
+    audio_tokens: int
     completion_tokens: int
     cached_tokens: int
     queue_ms: float
     preprocess_ms: float
     vision_ms: float
+    audio_ms: float
     prefill_ms: float
     decode_ms: float
 
 
 @dataclass
 class Output:
-    """The next piece of an answer. The last one has a finish reason and the usage, or an error."""
+    """The next piece of an answer. The last one has a finish reason and the usage, or an error; the first one has the
+    transcripts of the request's clips."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: RequestError | None = None
@@ -54,12 +58,22 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A sound in a prompt: either `tokens` placeholders, which its embeddings replace, or one, which its transcript
+    does. `digest` names the sound and what embedded it."""
+
+    digest: bytes
+    tokens: int = 0
+    transcript: str = ""
+
+
+@dataclass(frozen=True)
 class Request:
     """What the engine is asked for.
 
-    `token_ids` has every image expanded to its placeholders; `grids` and `digests` are one per image, in order;
-    `embeddings` [image tokens, hidden] holds the images' rows one after another. `sink` is called by the engine's
-    thread, in order, and must not block.
+    `token_ids` has every image and clip expanded to its placeholders; `grids` and `digests` are one per image, in
+    order; `embeddings` [image tokens, hidden] holds the images' rows one after another, and `audio_embeddings` those
+    of the bridged `clips`. `sink` is called by the engine's thread, in order, and must not block.
     """
 
     request_id: str
@@ -71,6 +85,9 @@ class Request:
     embeddings: torch.Tensor | None = None
     preprocess_ms: float = 0.0
     vision_ms: float = 0.0
+    clips: list[Clip] = field(default_factory=list)
+    audio_embeddings: torch.Tensor | None = None
+    audio_ms: float = 0.0
     arrival: float = field(default_factory=time.monotonic)
 
 
@@ -95,15 +112,17 @@ class Sequence:
         max_tokens: int,
         sparsity: Sparsity | None = None,
     ) -> None:
-        """`sparsity` is None for what has no images, or sees all of them."""
+        """`media` are all, in the order of their embeddings; `sparsity` is None for what has no images, or sees all of
+        them."""
         self.request = request
         self.tokens = list(request.token_ids)
         self.prompt_length = len(self.tokens)
         self.positions = positions  # int32 [3, prompt_length]
         self.next_position = next_position
         self.media = media
+        self.images = [span for span in media if span.visual]
         self.sparsity = sparsity
-        self.visual = sum(span.length for span in media)
+        self.visual = sum(span.length for span in self.images)
         self.max_length = self.prompt_length + max_tokens
         self.computed = 0
         self.blocks: list[int] = []
@@ -130,7 +149,7 @@ class Sequence:
         self._detokenizer = detokenizer
         self._stop_ids = stop_ids
         self._stops = StopStrings(request.sampling.stop)
-        self._piece = Output()
+        self._piece = Output(transcripts=[clip.transcript for clip in request.clips if not clip.tokens])
 
     @property
     def length(self) -> int:
@@ -145,7 +164,7 @@ class Sequence:
     @property
     def window(self) -> int:
         """Where the text begins that chooses among visual keys under `snap`."""
-        behind = max((span.start + span.length for span in self.media), default=0)
+        behind = max((span.end for span in self.images), default=0)
         return max(behind, self.prompt_length - WINDOW)
 
     @property
@@ -221,11 +240,13 @@ class Sequence:
         return Usage(
             prompt_tokens=self.prompt_length,
             image_tokens=self.visual,
+            audio_tokens=sum(span.length for span in self.media if not span.visual),
             completion_tokens=len(self.tokens) - self.prompt_length,
             cached_tokens=self.cached_tokens,
             queue_ms=(scheduled - self.request.arrival) * 1e3,
             preprocess_ms=self.request.preprocess_ms,
             vision_ms=self.request.vision_ms,
+            audio_ms=self.request.audio_ms,
             prefill_ms=max(0.0, first - scheduled) * 1e3,
             decode_ms=max(0.0, now - first) * 1e3,
         )

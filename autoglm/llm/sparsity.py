@@ -2,8 +2,8 @@
 
 What holds in every mode:
 
-- Visual keys are those of image placeholders, of all images of a sequence together. The ratio applies to them alone:
-  of v of them ceil(ratio * v) are kept, and all keys of text always stay.
+- Visual keys are those of image placeholders, of all images of a sequence together; sound is text here. The ratio
+  applies to them alone: of v of them ceil(ratio * v) are kept, and all keys of text always stay.
 - Keys are chosen for each layer and KV head; their strengths are summed over the query heads of its group.
 - The softmax goes over the kept keys only, which move neither in position nor in order.
 
@@ -76,4 +76,5 @@ class Sparsity:
             return list(media)
         layers = self.dense_layers if self.mode == "topk" else 0
         salt = f"{self.mode} {self.ratio} {layers}".encode()
-        return [replace(span, digest=sha256(span.digest + salt).digest()) for span in media]
+        named = (replace(span, digest=sha256(span.digest + salt).digest()) for span in media)
+        return [salted if span.visual else span for span, salted in zip(media, named, strict=True)]

@@ -16,7 +16,7 @@ def thin_out(sequence: Sequence, cache: KVCache) -> None:
     """
     if sequence.attention is None or sequence.sparsity is None:
         raise ValueError(f"request {sequence.request.request_id}: nothing has been seen of its images")
-    visual = np.concatenate([np.arange(span.start, span.start + span.length) for span in sequence.media])
+    visual = np.concatenate([np.arange(span.start, span.end) for span in sequence.images])
     text = np.setdiff1d(np.arange(sequence.prompt_length), visual, assume_unique=True)
     slots = key_slots(sequence, cache.block_size, 0, sequence.prompt_length)
     kept = np.arange(sequence.prompt_length - sequence.superfluous)

@@ -11,8 +11,6 @@ from autoglm.checkpoint import ImageLimits
 from autoglm.config import ConfigError, LimitsConfig
 from autoglm.errors import invalid
 
-PARAMETERS = ("max_pixels", "min_pixels")  # of a request
-
 
 def server_limits(checkpoint: ImageLimits, config: LimitsConfig) -> ImageLimits:
     """The checkpoint's limits with what the configuration replaces.
@@ -36,7 +34,7 @@ def request_limits(server: ImageLimits, parameters: Mapping[str, Any]) -> ImageL
     """The server's limits with what one request asks for; an image may get smaller than the server's, not larger.
 
     Args:
-        parameters: of the request; those that are not in PARAMETERS are passed over. None counts as absent.
+        parameters: of the request; others than `max_pixels` and `min_pixels` are passed over. None counts as absent.
 
     Raises:
         RequestError: not a whole number, or out of range.
@@ -44,11 +42,6 @@ def request_limits(server: ImageLimits, parameters: Mapping[str, Any]) -> ImageL
     most = _read(parameters, "max_pixels", server.max_pixels, _least(server), server.max_pixels)
     least = _read(parameters, "min_pixels", min(server.min_pixels, most), 1, most)
     return replace(server, max_pixels=most, min_pixels=least)
-
-
-def without(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a request that others must read."""
-    return {name: value for name, value in parameters.items() if name not in PARAMETERS}
 
 
 def _read(parameters: Mapping[str, Any], name: str, default: int, lowest: int, highest: int) -> int:

@@ -17,6 +17,7 @@ from autoglm_client.client import STOP_SECONDS
 from autoglm_client.errors import AutoGLMError, Cancelled, RequestTimeout, Unreadable, from_status
 from autoglm_client.images import ImageSource
 from autoglm_client.result import Piece, Result, Transcript
+from autoglm_client.sounds import AudioSource
 from autoglm_client.wire import Messages, SamplingValue
 
 
@@ -159,13 +160,16 @@ class AsyncClient:
         messages: Messages | None = None,
         prompt: str | None = None,
         images: Iterable[ImageSource] = (),
+        audio: Iterable[AudioSource] = (),
         timeout: float | None = None,
         request_id: str | None = None,
         **sampling: SamplingValue,
     ) -> Result:
         """Ask and wait for the complete answer; the arguments are those of `Client.generate`."""
         limit = self._timeout if timeout is None else timeout
-        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=False, timeout=limit)
+        request = wire.inference_request(
+            messages, prompt, images, audio, sampling, request_id, stream=False, timeout=limit
+        )
         async with self._open(request, limit, None) as stream:
             return await stream.result()
 
@@ -175,6 +179,7 @@ class AsyncClient:
         messages: Messages | None = None,
         prompt: str | None = None,
         images: Iterable[ImageSource] = (),
+        audio: Iterable[AudioSource] = (),
         timeout: float | None = None,
         first_piece_timeout: float | None = None,
         request_id: str | None = None,
@@ -183,7 +188,9 @@ class AsyncClient:
         """Ask and get the answer while it is made; call it where an event loop runs."""
         limit = self._timeout if timeout is None else timeout
         first = self._first_piece_timeout if first_piece_timeout is None else first_piece_timeout
-        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=True, timeout=limit)
+        request = wire.inference_request(
+            messages, prompt, images, audio, sampling, request_id, stream=True, timeout=limit
+        )
         return self._open(request, limit, first)
 
     async def is_ready(self) -> bool:

@@ -19,6 +19,7 @@ from autoglm_client.draw import draw
 from autoglm_client.errors import AutoGLMError
 from autoglm_client.images import image_bytes
 from autoglm_client.result import Result
+from autoglm_client.sounds import audio_bytes, record
 from autoglm_client.thought import ThoughtFilter
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -34,13 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     try:
         images = [image_bytes(Path(name)) for name in options.image]
+        sounds = [audio_bytes(Path(name)) for name in options.audio]
         system = options.system.read_text("utf-8") if options.system else None
         if options.draw:
             _check_drawing(images, options.draw)
+        if options.record:
+            print(f"recording {options.record:g} s", file=sys.stderr)
+            sounds.append(record(options.record))
     except (OSError, ValueError) as error:
         return _complain(str(error), USAGE)
     try:
-        result = _ask(options, images, system)
+        result = _ask(options, images, sounds, system)
     except AutoGLMError as error:
         return _complain(str(error), FAILED)
     except KeyboardInterrupt:
@@ -52,8 +57,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="autoglm", description="Ask an AutoGLM server what to do on a screen.")
     commands = parser.add_subparsers(required=True, metavar="command")
     ask = commands.add_parser("ask", help="send a screen and a task; print the thought and the action")
-    ask.add_argument("task", help="what to do, in words")
+    ask.add_argument("task", nargs="?", default="", help="what to do, in words; may be left out beside --audio")
     ask.add_argument("--image", action="append", default=[], metavar="FILE", help="a screenshot; may be repeated")
+    ask.add_argument("--audio", action="append", default=[], metavar="FILE", help="a spoken task; may be repeated")
+    ask.add_argument("--record", type=float, default=0.0, metavar="SECONDS", help="speak the task into the microphone")
+    ask.add_argument("--audio-mode", choices=("transcript", "bridge"), help="how it is heard (as the server is set)")
     ask.add_argument("--system", type=Path, metavar="FILE", help="a file with the system prompt")
     ask.add_argument("--server", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
     ask.add_argument("--max-tokens", type=int, metavar="N")
@@ -73,6 +81,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         ask.error("--draw needs an --image to draw on")
     if options.timeout <= 0:
         ask.error("--timeout must be positive")
+    if options.record < 0:
+        ask.error("--record must be positive")
+    if not (options.task or options.audio or options.record):
+        ask.error("there is no task: neither words nor --audio nor --record")
     return options
 
 
@@ -99,16 +111,21 @@ def _check_drawing(images: list[bytes], target: Path) -> None:
         raise ValueError(f"--draw: there is no directory {target.parent}")
 
 
-def _ask(options: argparse.Namespace, images: list[bytes], system: str | None) -> Result:
+def _ask(options: argparse.Namespace, images: list[bytes], sounds: list[bytes], system: str | None) -> Result:
     question: dict[str, Any] = {"prompt": options.task}
     if system is not None:
-        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": options.task}]
+        kinds = ["image"] * len(images) + ["audio"] * len(sounds)
+        parts = [*({"type": kind} for kind in kinds), *([{"type": "text", "text": options.task}] * bool(options.task))]
         question = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": parts}]}
-    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    sampling = {
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "audio_mode": options.audio_mode,
+    }
     # Leaving these blocks, also by Ctrl-C, stops the request on the server.
     with (
         Client(options.server, timeout=options.timeout) as client,
-        client.stream(images=images, **question, **sampling) as stream,
+        client.stream(images=images, audio=sounds, **question, **sampling) as stream,
     ):
         if not (options.quiet or options.json):
             _show_thought(stream)
@@ -139,6 +156,8 @@ def _report(options: argparse.Namespace, images: list[bytes], result: Result) ->
     elif action:
         print(action)
     if not (options.quiet or options.json):
+        for transcript in result.transcripts:
+            print(f"heard: {transcript}", file=sys.stderr)
         print(_timing(result), file=sys.stderr)
     if not action:
         return _complain(f"the answer holds no action ({result.action_error}): {result.text[-200:]!r}", FAILED)
@@ -156,6 +175,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "thought": result.thought,
         "action": {"name": action.NAME, **action.arguments()} if action else None,
         "text": result.text,
+        "transcripts": result.transcripts,
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage),
         "first_piece_seconds": round(result.first_piece_seconds, 4),
@@ -165,11 +185,14 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 def _timing(result: Result) -> str:
     usage = result.usage
+    heard = f"{usage.audio_tokens} audio, " if usage.audio_tokens else ""
+    tokens = f"{usage.image_tokens} image, {heard}{usage.cached_tokens} cached"
+    listening = f"audio {usage.audio_ms:.0f}, " if result.transcripts or usage.audio_tokens else ""
     return (
         f"{result.finish_reason}: first piece {result.first_piece_seconds:.2f} s, total {result.total_seconds:.2f} s; "
-        f"prompt {usage.prompt_tokens} tokens ({usage.image_tokens} image, {usage.cached_tokens} cached), "
+        f"prompt {usage.prompt_tokens} tokens ({tokens}), "
         f"answer {usage.completion_tokens}; ms: queue {usage.queue_ms:.0f}, preprocess {usage.preprocess_ms:.0f}, "
-        f"vision {usage.vision_ms:.0f}, prefill {usage.prefill_ms:.0f}, decode {usage.decode_ms:.0f}"
+        f"vision {usage.vision_ms:.0f}, {listening}prefill {usage.prefill_ms:.0f}, decode {usage.decode_ms:.0f}"
     )
 
 

@@ -16,6 +16,7 @@ from autoglm_client import wire
 from autoglm_client.errors import AutoGLMError, Cancelled, RequestTimeout, Unreadable, from_status
 from autoglm_client.images import ImageSource
 from autoglm_client.result import Piece, Result, Transcript
+from autoglm_client.sounds import AudioSource
 from autoglm_client.wire import Messages, SamplingValue
 
 STOP_SECONDS = 2.0  # how long a stop request may take
@@ -176,17 +177,21 @@ class Client:
         messages: Messages | None = None,
         prompt: str | None = None,
         images: Iterable[ImageSource] = (),
+        audio: Iterable[AudioSource] = (),
         timeout: float | None = None,
         request_id: str | None = None,
         **sampling: SamplingValue,
     ) -> Result:
         """Ask and wait for the complete answer, which the server sends in one piece.
 
-        `messages` (an OpenAI-style chat) or `prompt` (a user's turn); `images` in the order of their placeholders;
-        `sampling`: max_tokens, temperature, top_p, ..., lists for `stop` and `stop_token_ids`. Raises AutoGLMError.
+        `messages` (an OpenAI-style chat) or `prompt` (a user's turn, which may be empty beside `audio`); `images` and
+        `audio` in the order of their placeholders; `sampling`: audio_mode, max_tokens, temperature, top_p, ..., lists
+        for `stop` and `stop_token_ids`. Raises AutoGLMError.
         """
         limit = self._timeout if timeout is None else timeout
-        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=False, timeout=limit)
+        request = wire.inference_request(
+            messages, prompt, images, audio, sampling, request_id, stream=False, timeout=limit
+        )
         with self._open(request, limit, None) as stream:
             return stream.result()
 
@@ -196,6 +201,7 @@ class Client:
         messages: Messages | None = None,
         prompt: str | None = None,
         images: Iterable[ImageSource] = (),
+        audio: Iterable[AudioSource] = (),
         timeout: float | None = None,
         first_piece_timeout: float | None = None,
         request_id: str | None = None,
@@ -204,7 +210,9 @@ class Client:
         """Ask and get the answer while it is made; the arguments are those of `generate`."""
         limit = self._timeout if timeout is None else timeout
         first = self._first_piece_timeout if first_piece_timeout is None else first_piece_timeout
-        request = wire.inference_request(messages, prompt, images, sampling, request_id, stream=True, timeout=limit)
+        request = wire.inference_request(
+            messages, prompt, images, audio, sampling, request_id, stream=True, timeout=limit
+        )
         return self._open(request, limit, first)
 
     def is_ready(self) -> bool:

@@ -26,11 +26,13 @@ class Usage:
 
     prompt_tokens: int = 0
     image_tokens: int = 0
+    audio_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     queue_ms: float = 0.0
     preprocess_ms: float = 0.0
     vision_ms: float = 0.0
+    audio_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
 
@@ -49,7 +51,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Result:
-    """A complete answer. `finish_reason` is "stop" or "length"; seconds are measured by the client."""
+    """A complete answer. `finish_reason` is "stop" or "length"; seconds are measured by the client; `transcripts` are
+    what the server heard, one for each sound that was transcribed."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -58,6 +61,7 @@ class Result:
     request_id: str
     first_piece_seconds: float
     total_seconds: float
+    transcripts: tuple[str, ...] = ()
 
     @property
     def thought(self) -> str:
@@ -85,12 +89,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Response:
-    """One response of the server, decoded; `finish_reason` and `usage` are empty until the last."""
+    """One response of the server, decoded; `finish_reason` and `usage` are empty until the last, `transcripts` come
+    with the first."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     usage: str = ""
+    transcripts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -100,6 +106,7 @@ class Transcript:
     request_id: str
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
+    _heard: list[str] = field(default_factory=list)
     _last: Response = field(default_factory=Response)
     _begun: float = field(default_factory=time.perf_counter)
     _first_piece_seconds: float = 0.0
@@ -118,6 +125,7 @@ class Transcript:
             raise Cancelled("the server was told to stop this request")
         if response.finish_reason == "timeout":
             raise RequestTimeout("the request's time ran out on the server")
+        self._heard.extend(response.transcripts)
         if response.finish_reason:
             self._last = response
         if not response.text and not response.token_ids:
@@ -140,4 +148,5 @@ class Transcript:
             request_id=self.request_id,
             first_piece_seconds=self._first_piece_seconds,
             total_seconds=time.perf_counter() - self._begun,
+            transcripts=tuple(self._heard),
         )

@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2
 from autoglm_client.errors import InvalidRequest, Unreadable, from_text
 from autoglm_client.images import ImageSource, image_bytes
 from autoglm_client.result import Response
+from autoglm_client.sounds import AudioSource, audio_bytes
 
 ENSEMBLE = "ensemble"
 LANGUAGE_MODEL = "autoglm_llm"  # the ensemble's last step, which a stop request is sent to
@@ -43,6 +44,7 @@ def inference_request(
     messages: Messages | None,
     prompt: str | None,
     images: Iterable[ImageSource],
+    audio: Iterable[AudioSource],
     sampling: Mapping[str, SamplingValue],
     request_id: str | None,
     *,
@@ -63,6 +65,9 @@ def inference_request(
     files = [image_bytes(image) for image in images]
     if files:
         _add_strings(request, "IMAGES", files)
+    sounds = [audio_bytes(sound) for sound in audio]
+    if sounds:
+        _add_strings(request, "AUDIO", sounds)
     request.parameters["stream"].bool_param = stream
     request.parameters["timeout"].int64_param = max(1, round(timeout * 1e6))
     for name, value in sampling.items():
@@ -98,6 +103,7 @@ def read_response(message: Any) -> Response:
             token_ids=tuple(np.frombuffer(raw.get("TOKEN_IDS", b""), dtype="<i4").tolist()),
             finish_reason=_string(raw.get("FINISH_REASON")),
             usage=_string(raw.get("USAGE")),
+            transcripts=tuple(_strings(raw.get("TRANSCRIPTS", b""))),
         )
     except (ValueError, struct.error) as error:
         raise Unreadable(f"a response cannot be read: {error}") from None
@@ -118,13 +124,25 @@ def _add_strings(request: Any, name: str, values: list[bytes]) -> None:
 
 
 def _string(raw: bytes | None) -> str:
-    """The only element of a BYTES tensor: its length in 4 bytes, then UTF-8."""
+    """The only element of a BYTES tensor."""
     if not raw:
         return ""
-    (length,) = struct.unpack_from("<I", raw)
-    if length + 4 != len(raw):
-        raise ValueError("a string tensor of more or less than one element")
-    return raw[4:].decode("utf-8")
+    elements = _strings(raw)
+    if len(elements) != 1:
+        raise ValueError("a string tensor of more than one element")
+    return elements[0]
+
+
+def _strings(raw: bytes) -> list[str]:
+    """The elements of a BYTES tensor: of each its length in 4 bytes, then UTF-8."""
+    elements = []
+    while raw:
+        (length,) = struct.unpack_from("<I", raw)
+        if length + 4 > len(raw):
+            raise ValueError("a string tensor that ends early")
+        elements.append(raw[4 : 4 + length].decode("utf-8"))
+        raw = raw[4 + length :]
+    return elements
 
 
 def _add_parameter(request: Any, name: str, value: SamplingValue) -> None:

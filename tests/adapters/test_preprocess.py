@@ -80,7 +80,8 @@ def test_outputs_have_the_promised_shapes_and_types(model: Any) -> None:
     files = [SCREEN, image(140, 112)]
     response = answer(model, request(MESSAGES=[user(PICTURE, PICTURE, TEXT)], IMAGES=files))
     assert [tensor.name() for tensor in response.output_tensors()] == [
-        "PROMPT_IDS", "IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES", "PREPROCESS_MS",
+        "PROMPT_IDS", "IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES",
+        "AUDIO_FILES", "AUDIO_TOKENS", "AUDIO_HASHES", "AUDIO_NAMES", "PREPROCESS_MS",
     ]  # fmt: skip
     ids, grids = response["PROMPT_IDS"].as_numpy(), response["IMAGE_GRIDS"].as_numpy()
     assert ids.dtype == np.int32 and ids.ndim == 1
@@ -98,6 +99,7 @@ def test_without_images_the_outputs_are_empty_rows(model: Any) -> None:
         assert response["PROMPT_IDS"].as_numpy().size > 4
         assert response["IMAGE_FILES"].shape() == [1, 0] == response["IMAGE_HASHES"].shape()
         assert response["IMAGE_GRIDS"].shape() == [1, 0, 3]
+        assert response["AUDIO_FILES"].shape() == [1, 0] == response["AUDIO_TOKENS"].shape()
 
 
 def test_bytes_that_end_in_zeros_pass_whole(model: Any) -> None:
@@ -137,7 +139,7 @@ def test_the_content_format_is_configured(start: Any) -> None:
     ({"PROMPT": ["x"], "IMAGES": [b""]}, "IMAGES[0]: got an empty file"),
     ({"PROMPT": ["x"], "IMAGES": [image(20000, 20000, "1")]}, "at most 67108864 pixels"),
     ({"PROMPT": ["x"], "IMAGES": ["data:image/png;base64,&"]}, "IMAGES[0]: got broken base64"),
-    ({"PROMPT": ["x"], "AUDIO": [b"RIFF"]}, "AUDIO: speech input is not available yet"),
+    ({"PROMPT": ["x"], "AUDIO": [b"RIFF"]}, "AUDIO: this server has no speech encoder"),
     ({"PROMPT": ["x" * 200_000]}, "prompt: got"),
     ({"PROMPT": ["word " * 12_000]}, "allowed: at most 8191, one less than the context of 8192"),
 ])  # fmt: skip

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from autoglm.feature_cache import FeatureCache
 from autoglm.media import media_hash
+from autoglm.media_encoder import FEATURE_DTYPE
 from autoglm.metrics import INTERVAL
-from autoglm.vision.encoder import FEATURE_DTYPE
-from autoglm.vision.feature_cache import FeatureCache
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
 from autoglm.vision.vit import VisionTransformer
 from tests.adapters.fake_pb_utils import InferenceRequest, MetricFamily, Tensor, bytes_tensor, load_adapter

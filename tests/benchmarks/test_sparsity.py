@@ -1,6 +1,7 @@
 """The benchmark of sparse attention from end to end on the CPU, with small numbers."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from autoglm.llm.sparsity import Mode, Sparsity
 from benchmarks import sparsity, sparsity_table
 from benchmarks.attention_kept import MODES, attention_kept
 from benchmarks.engines import image_prompt, open_engine
-from benchmarks.report import Row, report
+from benchmarks.plot import read_rows
+from benchmarks.report import RESULTS, Row, report
 from tests.conftest import Pair
 
 GRID, LENGTH = (1, 16, 12), 120  # 48 visual tokens
@@ -84,3 +86,11 @@ def test_the_table() -> None:
         "| snap 0.3 | 46% | 46% | 45.6 | 45.6 / 45.6 / 45.6 |  |  |  |",
     ]
     assert head.count("|") == lines[0].count("|")
+    assert next(sparsity_table.table({}, quality)) == "| mode, ratio | demo: taps right | moved by, of 1000 |"
+
+
+def test_the_readme_has_the_table() -> None:
+    quality = json.loads(sparsity_table.QUALITY.read_text(encoding="utf-8"))
+    rows = read_rows(RESULTS, "cpu") | read_rows(RESULTS, "h200")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(sparsity_table.table(rows, quality)) in readme

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from types import TracebackType
 from typing import Any
@@ -78,6 +78,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def _answer(self, request: Any, stop: threading.Event, context: grpc.ServicerContext) -> Iterator[Any]:
         prompt = inputs(request).get("PROMPT", [b""])[0].decode()
         verb, _, argument = prompt.partition(":")
+        heard = [f"{len(file)} bytes" for file in inputs(request).get("AUDIO", [])]
         if verb == "abort":
             code, _, details = argument.partition(":")
             yield response("a ")
@@ -106,19 +107,26 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             stop.wait(20)
         elif request.parameters["stream"].bool_param:
             for number, text in enumerate(ANSWER):
-                yield response(text, [number, number])
+                yield response(text, [number, number], heard=heard if number == 0 else ())
             yield response(finish_reason="stop", usage=json.dumps(USAGE))
         else:
-            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE))
+            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE), heard)
 
 
-def response(text: str = "", ids: list[int] | None = None, finish_reason: str = "", usage: str = "") -> Any:
+def response(
+    text: str = "",
+    ids: list[int] | None = None,
+    finish_reason: str = "",
+    usage: str = "",
+    heard: Sequence[str] = (),
+) -> Any:
     """A response of the ensemble."""
     message = service_pb2.ModelStreamInferResponse()
     ids = ids or []
     for name, datatype, shape, content in (
         ("TEXT", "BYTES", [1], strings(text)),
         ("TOKEN_IDS", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids)),
+        ("TRANSCRIPTS", "BYTES", [len(heard)], b"".join(map(strings, heard))),
         ("FINISH_REASON", "BYTES", [1], strings(finish_reason)),
         ("USAGE", "BYTES", [1], strings(usage)),
     ):

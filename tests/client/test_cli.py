@@ -1,15 +1,18 @@
 """The command `autoglm`: what it prints where, and its exit codes."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import wave
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from autoglm_client import cli
 from autoglm_client.cli import main
@@ -175,3 +178,42 @@ def test_interrupt_stops_the_request_on_the_server(fake: FakeServer) -> None:
         process.kill()
     assert (process.returncode, error) == (130, "autoglm: cancelled\n")
     assert fake.was_stopped(fake.requests[0].id)
+
+
+def test_sound_goes_along_and_what_was_heard_is_shown(fake: FakeServer, screen: Path, capsys: Output) -> None:
+    command = screen.with_name("command.wav")
+    command.write_bytes(b"RIFF")
+    asked = ["ask", "--image", str(screen), "--audio", str(command), "--server", fake.url, "--audio-mode", "transcript"]
+    assert main(asked) == 0
+    assert capsys.readouterr().err.startswith("heard: 4 bytes\nstop: ")
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["transcripts"] == ["4 bytes"]
+    (request, _) = fake.requests
+    assert inputs(request) == {"PROMPT": [b""], "IMAGES": [screen.read_bytes()], "AUDIO": [b"RIFF"]}
+    assert request.parameters["audio_mode"].string_param == "transcript"
+
+
+def test_a_recording_is_sent(fake: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    class Microphone:
+        PortAudioError = RuntimeError
+        wait = staticmethod(lambda: None)
+
+        @staticmethod
+        def rec(count: int, samplerate: int, channels: int, dtype: str) -> Any:
+            assert (count, samplerate, channels, dtype) == (8000, 16000, 1, "int16")
+            return np.arange(count, dtype=np.int16)
+
+    monkeypatch.setitem(sys.modules, "sounddevice", Microphone)
+    assert main(["ask", "--record", "0.5", "--server", fake.url]) == 0
+    assert capsys.readouterr().err.startswith("recording 0.5 s\nheard: 16044 bytes\n")
+    with wave.open(io.BytesIO(inputs(fake.requests[0])["AUDIO"][0])) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (16000, 1, 8000)
+
+
+def test_what_stands_in_the_way_of_a_recording(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    assert main(["ask", "--record", "1"]) == 2
+    assert "recording needs sounddevice: pip install" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ask"])
+    assert "neither words nor --audio nor --record" in capsys.readouterr().err

@@ -22,6 +22,7 @@ class Reply:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
+    transcripts: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -72,6 +73,7 @@ class Call:
             if piece is not None:
                 reply.texts.append(piece.as_numpy("TEXT")[0].decode())
                 reply.token_ids += piece.as_numpy("TOKEN_IDS").tolist()
+                reply.transcripts += [text.decode() for text in piece.as_numpy("TRANSCRIPTS").tolist()]
                 reply.finish_reason = piece.as_numpy("FINISH_REASON")[0].decode()
                 usage = piece.as_numpy("USAGE")[0]
                 reply.usage = json.loads(usage) if usage else {}

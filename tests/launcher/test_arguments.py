@@ -55,6 +55,25 @@ def test_checkpoint_without_weights(checkpoint: Path) -> None:
         parse(checkpoint).check()
 
 
+def test_speech_is_what_is_named_or_the_demos_own(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (parse(checkpoint).speech, parse(checkpoint).bridge) == (None, None)
+    given = parse(checkpoint, "--speech", str(checkpoint), "--bridge", str(tmp_path / "nowhere"))
+    assert given.speech == checkpoint
+    with pytest.raises(LauncherError, match=r"nowhere has no config\.json: give --bridge"):
+        given.check()
+    with pytest.raises(LauncherError, match="--bridge needs --speech"):
+        parse(checkpoint, "--bridge", str(checkpoint)).check()
+    monkeypatch.setenv("AUTOGLM_SPEECH", str(checkpoint))
+    assert parse(checkpoint).speech == checkpoint
+    monkeypatch.delenv("AUTOGLM_SPEECH")
+    monkeypatch.setattr(arguments, "DEMO_SPEECH", tmp_path)
+    (tmp_path / "encoder").mkdir()
+    demo = arguments.parse([])
+    assert (demo.speech, demo.bridge) == (tmp_path / "encoder", None)
+
+
 def test_preset_that_is_not_there_names_those_that_are(checkpoint: Path) -> None:
     with pytest.raises(LauncherError, match=r"no preset fast .*: there are edge, latency, throughput"):
         parse(checkpoint, "--preset", "fast").check()

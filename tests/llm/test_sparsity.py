@@ -9,7 +9,8 @@ from autoglm.config import SparseAttentionConfig, load_config
 from autoglm.errors import RequestError
 from autoglm.kernels.reference_sparse import AT_ONCE, topk_attention, visual_attention
 from autoglm.llm.prefix_keys import MediaSpan
-from autoglm.llm.pruning import Prompt, most_diverse, prune
+from autoglm.llm.prompt import Prompt
+from autoglm.llm.pruning import most_diverse, prune
 from autoglm.llm.sparsity import Sparsity
 from autoglm.llm.thinning import keep_strongest
 from autoglm.sampling import SamplingParams
@@ -125,6 +126,8 @@ def test_pruned_prompt_keeps_positions() -> None:
     stay = pruned.positions[0].tolist()
     assert [p for p in stay if p not in range(2, 12) and p not in range(15, 19)] == [0, 1, 12, 13, 14, 19]
     rows = [p - 2 if p < 12 else p - 5 for p in stay if p in range(2, 12) or p in range(15, 19)]
+    assert pruned.embeddings is not None
     assert torch.equal(pruned.embeddings, embeddings[rows])
     whole = prune(Prompt(ids, positions, media, embeddings), Sparsity("prune", 1.0, 0))
+    assert whole.embeddings is not None
     assert whole.token_ids == ids and torch.equal(whole.embeddings, embeddings)

@@ -14,12 +14,11 @@ from autoglm.config import checkpoint_directory, load_config
 from autoglm.device import choose_device
 from autoglm.errors import ErrorCode, RequestError, invalid
 from autoglm.llm.engine import Engine
-from autoglm.llm.sequence import Output, Request
+from autoglm.llm.sequence import Clip, Output, Request
 from autoglm.metrics import ENGINE, Publisher
 from autoglm.responder import Responder
 from autoglm.sampling import SamplingParams
 from autoglm.triton import error_response, log_to_triton, read_parameters
-from autoglm.vision import pixel_limits
 
 STOP = "STOP"
 
@@ -57,7 +56,7 @@ class TritonPythonModel:
     def _take(self, request: Any, sender: Any) -> None:
         if request.is_cancelled():
             raise RequestError("cancelled before the language model was reached", ErrorCode.CANCELLED)
-        parameters = pixel_limits.without(read_parameters(request))  # preprocess has obeyed those
+        parameters = read_parameters(request)
         caller = request.request_id()
         number = str(next(self._numbers))
         if parameters.pop(STOP, False) is True:
@@ -79,14 +78,13 @@ class TritonPythonModel:
     def _request(self, request: Any, number: str, sampling: SamplingParams, sink: Any) -> Request:
         tensors = {tensor.name(): tensor for tensor in request.inputs()}
         grids = tensors["IMAGE_GRIDS"].as_numpy().reshape(-1, 3).tolist() if "IMAGE_GRIDS" in tensors else []
-        digests = tensors["IMAGE_HASHES"].as_numpy().reshape(-1).tolist() if "IMAGE_HASHES" in tensors else []
+        digests = _row(tensors, "IMAGE_HASHES")
         if len(grids) != len(digests):
             raise invalid("IMAGE_HASHES", len(digests), f"one for each of the {len(grids)} grids")
-        embeddings = None
-        if "IMAGE_EMBEDDINGS" in tensors and grids:
-            # A copy of our own: the input's memory belongs to the request.
-            shared = torch.from_dlpack(tensors["IMAGE_EMBEDDINGS"].to_dlpack())[0]
-            embeddings = shared.to(self.engine.runner.device, copy=True)
+        counts, names, texts = (_row(tensors, f"AUDIO_{what}") for what in ("TOKENS", "HASHES", "TEXTS"))
+        if not len(counts) == len(names) == len(texts) or min(counts, default=0) < 0:
+            raise invalid("AUDIO_TOKENS", counts, f"a number for each of {len(names)} hashes and {len(texts)} texts")
+        clips = [Clip(name, n, text.decode()) for name, n, text in zip(names, counts, texts, strict=True)]
         return Request(
             number,
             tensors["PROMPT_IDS"].as_numpy().tolist(),
@@ -94,10 +92,19 @@ class TritonPythonModel:
             sink,
             [(t, h, w) for t, h, w in grids],
             digests,
-            embeddings,
+            self._embeddings(tensors, "IMAGE_EMBEDDINGS") if grids else None,
             _milliseconds(tensors.get("PREPROCESS_MS")),
             _milliseconds(tensors.get("VISION_MS")),
+            clips,
+            self._embeddings(tensors, "AUDIO_EMBEDDINGS") if any(counts) else None,
+            _milliseconds(tensors.get("AUDIO_MS")),
         )
+
+    def _embeddings(self, tensors: dict[str, Any], name: str) -> torch.Tensor | None:
+        """A copy of our own, [tokens, hidden_size]: the input's memory belongs to the request."""
+        if name not in tensors:
+            return None
+        return torch.from_dlpack(tensors[name].to_dlpack())[0].to(self.engine.runner.device, copy=True)
 
     def _stop(self, caller: str) -> None:
         """End the running requests that their caller gave this id: a closed stream does not reach an ensemble."""
@@ -113,6 +120,10 @@ class TritonPythonModel:
             self._running[caller].discard(number)
             if not self._running[caller]:
                 del self._running[caller]
+
+
+def _row(tensors: dict[str, Any], name: str) -> list[Any]:
+    return tensors[name].as_numpy().reshape(-1).tolist() if name in tensors else []
 
 
 def _milliseconds(tensor: Any) -> float:

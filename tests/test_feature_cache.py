@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoglm.errors import RequestError
-from autoglm.vision.feature_cache import FeatureCache
+from autoglm.feature_cache import FeatureCache
 
 CPU = torch.device("cpu")
 SIZE = 64  # bytes of one entry

@@ -1,0 +1,116 @@
+"""The bridge: frames of the speech encoder to embeddings of the language model.
+
+As SLAM-LLM and Ultravox have it: k frames that follow each other are laid side by side, and two linear layers make one
+embedding of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from autoglm.audio.checkpoint import read_json
+from autoglm.checkpoint import CheckpointError
+
+WEIGHTS = "model.safetensors"
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Its config.json. `input_size` is that of a frame, `output_size` that of the language model's embeddings."""
+
+    frames_per_token: int
+    input_size: int
+    hidden_size: int
+    output_size: int
+    activation: Literal["gelu", "relu"] = "gelu"
+
+    @classmethod
+    def open(cls, directory: str | Path) -> ProjectorConfig:
+        """Read a projector's directory.
+
+        Raises:
+            CheckpointError: config.json is missing, or holds anything else than these fields.
+        """
+        path = Path(directory) / "config.json"
+        content = read_json(path)
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(content.keys() - set(known)):
+            raise CheckpointError(f"{path}: {unknown[0]} is unknown, allowed are {', '.join(known)}")
+        for name in known[:-1]:
+            if type(content.get(name)) is not int or content[name] < 1:
+                raise CheckpointError(f"{path}: {name} is {content.get(name)!r}, expected an integer of at least 1")
+        if content.get("activation", "gelu") not in ACTIVATIONS:
+            raise CheckpointError(f"{path}: activation is {content['activation']!r}, allowed are gelu and relu")
+        return cls(**content)
+
+    def tokens(self, frames: int) -> int:
+        """Embeddings that so many frames make: the last may stand for fewer frames than the others."""
+        return -(-frames // self.frames_per_token)
+
+
+class Projector(nn.Module):
+    """Norm (if the checkpoint has one), linear, activation, linear."""
+
+    def __init__(self, config: ProjectorConfig, norm: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        stacked = config.frames_per_token * config.input_size
+        self.norm = nn.LayerNorm(stacked) if norm else None
+        self.linear_1 = nn.Linear(stacked, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.linear_2 = nn.Linear(config.hidden_size, config.output_size)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: torch.device, dtype: torch.dtype) -> Projector:
+        """Read a projector in evaluation mode.
+
+        Raises:
+            CheckpointError: the files do not fit each other.
+        """
+        path = Path(directory) / WEIGHTS
+        config = ProjectorConfig.open(directory)
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        projector = cls(config, norm="norm.weight" in tensors)
+        try:
+            projector.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} is not what its config.json says: {error}") from None
+        return projector.eval().requires_grad_(False).to(device, dtype)
+
+    def save(self, directory: str | Path) -> None:
+        """Write what `load` reads."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path / WEIGHTS)
+
+    def forward(self, clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Embeddings of each clip.
+
+        Args:
+            clips: frames [n, input_size] each.
+
+        Returns:
+            [tokens(n), output_size] each, views of one tensor.
+        """
+        k = self.config.frames_per_token
+        padded = [F.pad(clip, (0, 0, 0, -len(clip) % k)) for clip in clips]
+        hidden = torch.cat([clip.reshape(-1, k * self.config.input_size) for clip in padded])
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        hidden = self.linear_2(self.activation(self.linear_1(hidden)))
+        return list(hidden.split([self.config.tokens(len(clip)) for clip in clips]))

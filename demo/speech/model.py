@@ -1,0 +1,147 @@
+"""The encoder and the bridge that are trained here: their sizes, their first weights, and writing them as directories.
+
+Like any Wav2Vec2, but with three wide convolutions where the published ones have seven narrow ones: the first, 16 ms
+long, begins as a bank of band filters, so that training does not have to find out that sound has frequencies. There are
+50 frames a second, as usual.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoglm.audio.projector import Projector, ProjectorConfig
+from demo import vocabulary
+from demo.speech.commands import WORDINGS, names
+from demo.speech.rooms import Heard
+from demo.speech.voices import RATE
+
+PAD, SPACE, UNKNOWN = "<pad>", "|", "<unk>"
+FRAMES_PER_TOKEN = 5
+LOUDEST = 0.1  # what the first filters answer to a clip's loud parts; its layer norm adds 1e-5 to their variance
+
+
+def letters() -> list[str]:
+    """The vocabulary of transcripts: everything that commands are written with, in a fixed order."""
+    texts = [wording for forms in WORDINGS.values() for both in forms.values() for part in both for wording in part]
+    texts += [name for language in vocabulary.LANGUAGES for name in names(language)]
+    return [PAD, SPACE, UNKNOWN, *sorted(set("".join(texts)) - set("{} "))]
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of a batch: logits of letters [B, T, letters] and the frames of each clip [B]; the bridge's embeddings
+    [B, S, output_size] and how many each clip has [B]. Counts are on the CPU."""
+
+    letters: torch.Tensor
+    frames: torch.Tensor
+    embeddings: torch.Tensor
+    slots: torch.Tensor
+
+
+class SpeechModel(nn.Module):
+    """transformers' Wav2Vec2ForCTC, and the projector to the language model's embeddings."""
+
+    def __init__(self, output_size: int) -> None:
+        super().__init__()
+        from transformers import Wav2Vec2Config, Wav2Vec2ForCTC  # takes seconds
+
+        config = Wav2Vec2Config(
+            vocab_size=len(letters()),
+            hidden_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=768,
+            conv_dim=(192, 256, 256),
+            conv_kernel=(256, 8, 4),
+            conv_stride=(40, 4, 2),
+            conv_bias=True,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            num_conv_pos_embeddings=32,
+            num_conv_pos_embedding_groups=8,
+            hidden_dropout=0.1,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.0,
+            final_dropout=0.0,
+            layerdrop=0.0,
+            apply_spec_augment=False,
+            ctc_loss_reduction="mean",
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        encoder: Any = Wav2Vec2ForCTC(config)
+        self.encoder = encoder
+        self.projector = Projector(ProjectorConfig(FRAMES_PER_TOKEN, 256, 512, output_size))
+        first: Any = encoder.wav2vec2.feature_extractor.conv_layers[0].conv
+        with torch.no_grad():
+            first.weight.copy_(band_filters(first.weight.shape[0], first.weight.shape[-1])[:, None])
+            first.bias.zero_()
+
+    def forward(self, heard: Heard) -> Said:
+        """Letters and embeddings, frame by frame."""
+        lengths = heard.lengths.to(heard.clips.device)
+        own = torch.arange(heard.clips.shape[1], device=lengths.device)[None] < lengths[:, None]
+        hidden = self.encoder.wav2vec2(heard.clips, attention_mask=own.long()).last_hidden_state
+        frames = self.encoder._get_feat_extract_output_lengths(heard.lengths)
+        inside = torch.arange(hidden.shape[1], device=hidden.device)[None] < frames.to(hidden.device)[:, None]
+        padded = F.pad(hidden * inside[..., None], (0, 0, 0, -hidden.shape[1] % FRAMES_PER_TOKEN))
+        embeddings = self.projector([padded.flatten(0, 1)])[0].unflatten(0, (len(padded), -1))
+        slots = (frames + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
+        return Said(self.encoder.lm_head(hidden), frames, embeddings, slots)
+
+
+def band_filters(count: int, length: int) -> torch.Tensor:
+    """[count, length]: windowed waves, four phases to each band, so that the sum of what is left of them after an
+    activation says how loud the band is. Bands are spaced like the ear's."""
+    low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (80, 7600))
+    mels = torch.linspace(low, high, count // 4)
+    hertz = 700 * (10 ** (mels / 2595) - 1)
+    phases = torch.arange(4) * math.pi / 2
+    time = (torch.arange(length) - length / 2) / RATE
+    angles = 2 * math.pi * hertz[:, None, None] * time + phases[:, None]
+    return (angles.cos() * torch.hann_window(length)).flatten(0, 1) * (LOUDEST / math.sqrt(length))
+
+
+def export(model: SpeechModel, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write out/encoder and out/bridge, which the server reads."""
+    model = model.cpu().eval()
+    encoder, bridge = out / "encoder", out / "bridge"
+    encoder.mkdir(parents=True, exist_ok=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to(dtype)
+    model.encoder.save_pretrained(encoder)
+    model.projector.save(bridge)
+    model.float().load_state_dict(before)
+    files: dict[str, dict[str, Any]] = {
+        "vocab.json": {letter: index for index, letter in enumerate(letters())},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Wav2Vec2CTCTokenizer",
+            "pad_token": PAD,
+            "unk_token": UNKNOWN,
+            "word_delimiter_token": SPACE,
+            "bos_token": None,
+            "eos_token": None,
+            "do_lower_case": False,
+            "clean_up_tokenization_spaces": False,
+        },
+        "preprocessor_config.json": {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": RATE,
+            "padding_value": 0.0,
+            "do_normalize": True,
+            "return_attention_mask": True,
+        },
+    }
+    for name, content in files.items():
+        (encoder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Sample clips for trying the server: `python -m demo.speech.samples` writes demo/speech/samples/* and samples.json.
+
+Held-out voices say held-out wordings that fit the screens of demo/samples. Each entry is a clip with its screen, its
+words, and either the box that the coordinates must hit (thousandths of the screen) or the exact action.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from demo.fonts import require_fonts
+from demo.samples import sample
+from demo.speech.commands import Command
+from demo.speech.evaluate import record
+from demo.speech.voices import Voice, require_synthesizers
+
+FEMALE, MALE = Voice("espeak-ng", "en-gb+f4", 0.95, 0.6), Voice("flite", "rms", 1.0, 0.3)
+WOMAN, MAN = Voice("espeak-ng", "cmn-latn-pinyin+Annie", 1.0, 0.5), Voice("espeak-ng", "cmn-latn-pinyin+m5", 0.9, 0.4)
+# file name -> screen, command, voice, label of the element to tap or the whole action
+SAMPLES: dict[str, tuple[str, Command, Voice, str]] = {
+    "battery.flac": ("settings.png", Command("tap", "en", "Battery", "test", 0), MALE, "Battery"),
+    "save.ogg": ("form.png", Command("tap", "en", "Save", "test", 2), FEMALE, "Save"),
+    "settings.ogg": ("toolbar.png", Command("open", "en", "Settings", "test", 1), FEMALE, "Settings"),
+    "back.ogg": ("form.png", Command("back", "en", "", "test", 2), MALE, 'do(action="Back")'),
+    "wechat.flac": ("launcher.png", Command("open", "zh", "微信", "test", 0), WOMAN, "微信"),
+    "buy.ogg": ("cards.png", Command("tap", "zh", "购买", "test", 0), MAN, "购买"),
+    "taobao.ogg": ("launcher.png", Command("open", "zh", "淘宝", "test", 1), MAN, 'do(action="Launch", app="淘宝")'),
+}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The entry of samples.json for one clip."""
+    image, command, _, expected = SAMPLES[name]
+    boxes = {element.label: [round(value * 1000) for value in element.box] for element in sample(image).elements}
+    answer: dict[str, Any] = {"box": boxes[expected]} if expected in boxes else {"action": expected}
+    return {"sound": name, "image": image, "text": command.text} | answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo/speech/samples"))
+    out: Path = parser.parse_args().out
+    require_fonts()
+    require_synthesizers()
+    out.mkdir(parents=True, exist_ok=True)
+    for seed, (name, (_, command, voice, _)) in enumerate(SAMPLES.items()):
+        (out / name).write_bytes(record(command, voice, seed, Path(name).suffix[1:].upper()))
+    lines = ",\n".join("  " + json.dumps(describe(name), ensure_ascii=False) for name in SAMPLES)
+    (out / "samples.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    print(f"{len(SAMPLES)} clips in {out}")
+
+
+if __name__ == "__main__":
+    main()

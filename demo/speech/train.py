@@ -1,0 +1,153 @@
+"""Training the demo's speech encoder and bridge: `python -m demo.speech.train --out demo/speech` on one GPU.
+
+Commands are spoken by synthetic voices once; each time one is drawn it is heard in another room, through another
+microphone, with other noise and at another tempo. Encoder, CTC head and bridge are trained together
+(demo.speech.losses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from autoglm.checkpoint import Checkpoint
+from autoglm.llm.model import LanguageModel
+from demo.speech.dataset import Clips, render
+from demo.speech.losses import Codebook, collapse, commitment, ctc, spell
+from demo.speech.measures import error_rates
+from demo.speech.model import SpeechModel, export, letters
+
+LETTERS = letters()
+CHECKPOINT = Path("demo/checkpoint")
+COMMITMENT = 2.0
+WARM_UP = 0.04  # of the training
+Targets = list[tuple[list[int], list[int]]]  # of each clip: letters, and tokens' places in the codebook
+
+
+class Trainer:
+    """Model, optimiser and schedule."""
+
+    def __init__(self, checkpoint: Path, device: torch.device, rate: float) -> None:
+        """checkpoint: the demo's language model, of which only the embeddings are read."""
+        torch.manual_seed(0)
+        language = LanguageModel.load(Checkpoint.open(checkpoint), torch.device("cpu"), torch.float32)
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        self.codebook = Codebook(tokenizer, language.embed_tokens.weight).to(device)
+        self.model = SpeechModel(language.config.hidden_size).to(device)
+        self.device, self.rate = device, rate
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+
+    def targets(self, clips: Clips) -> Targets:
+        return [(spell(command), self.codebook.encode(command)) for command, _ in clips.jobs]
+
+    def step(
+        self, clips: Clips, index: list[int], targets: Targets, generator: torch.Generator, done: float
+    ) -> dict[str, torch.Tensor]:
+        """One step; `done` is how much of the training lies behind it, 0..1."""
+        self.model.train()
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate * min(1.0, done / WARM_UP + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            heard = self.model(clips.batch(index, generator))
+        wanted = [targets[i] for i in index]
+        letter = ctc(heard.letters.float().log_softmax(-1), heard.frames, [spelt for spelt, _ in wanted])
+        token = ctc(self.codebook.nearness(heard.embeddings), heard.slots, [places for _, places in wanted])
+        off = commitment(heard.embeddings, heard.slots, self.codebook)
+        self.adam.zero_grad(set_to_none=True)
+        (letter + token + COMMITMENT * done * off).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.adam.step()
+        return {"letters": letter.detach(), "tokens": token.detach(), "off": off.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, clips: Clips, batch: int) -> dict[str, float]:
+        """Error rates of transcripts, and the share of clips whose bridge says the plain wording."""
+        self.model.eval()
+        generator = torch.Generator(self.device).manual_seed(1)
+        said, right = [], 0
+        order = sorted(range(len(clips.jobs)), key=clips.seconds.__getitem__)
+        for start in range(0, len(order), batch):
+            index = order[start : start + batch]
+            heard = self.model(clips.batch(index, generator))
+            best, near = heard.letters.argmax(-1).tolist(), self.codebook.nearness(heard.embeddings).argmax(-1).tolist()
+            for row, i in enumerate(index):
+                command = clips.jobs[i][0]
+                text = "".join(LETTERS[k] for k in collapse(best[row][: heard.frames[row]]))
+                said.append((command, text.replace("|", " ")))
+                right += collapse(near[row][: heard.slots[row]]) == self.codebook.encode(command)
+        rates = {f"errors_{language}": rate for language, rate in error_rates(said).items()}
+        return rates | {"bridge_right": right / len(order)}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    begun = time.monotonic()
+    held_out = render(arguments.held_out, "test", arguments.workers)
+    clips = render(arguments.clips, "train", arguments.workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(arguments.checkpoint, device, arguments.rate)
+    held_out, clips = held_out.to(device), clips.to(device)
+    targets = trainer.targets(clips)
+    generator = torch.Generator(device).manual_seed(0)
+    chooser = random.Random(0)
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.log.open("w", encoding="utf-8") as log:
+
+        def note(**values: Any) -> None:
+            line = {"step": step, "seconds": round(time.monotonic() - begun, 1)} | values
+            text = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()})
+            print(text, flush=True)
+            log.write(text + "\n")
+            log.flush()
+
+        step, trained = 0, time.monotonic()
+        size = sum(p.numel() for p in trainer.model.parameters())
+        note(event="start", parameters=size, device=str(device), clips=len(clips.jobs))
+        done = 0.0
+        while done < 1:
+            for index in clips.epoch(arguments.batch, chooser):
+                measures = trainer.step(clips, index, targets, generator, done)
+                step += 1
+                done = max(step / arguments.steps, (time.monotonic() - trained) / (60 * arguments.minutes))
+                if step % arguments.log_every == 0:
+                    note(**{name: float(value) for name, value in measures.items()})
+                if step % arguments.evaluate_every == 0:
+                    note(event="held out", **trainer.evaluate(held_out, arguments.batch))
+                if done >= 1:
+                    break
+        note(event="held out", **trainer.evaluate(held_out, arguments.batch))
+    export(trainer.model, arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo/speech"), help="where to write encoder/ and bridge/")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the language model")
+    parser.add_argument("--log", type=Path, default=Path("demo/training/speech.jsonl"))
+    parser.add_argument("--clips", type=int, default=40_000, help="commands that are spoken")
+    parser.add_argument("--held-out", type=int, default=1000, help="held-out commands to measure on")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="the training proper takes at most so long, the schedule along with it")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--evaluate-every", type=int, default=1000)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The choices of one request, which run side by side in the ensemble."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from autoglm_client.result import Response
+
+from gateway.content import Content
+from gateway.errors import from_fault
+from gateway.metrics import Metrics
+from gateway.schema import Sampling
+from gateway.triton import Ensemble
+
+
+class Generation:
+    """Asks the ensemble `n` times the same. `longest` are the seconds that a request may take."""
+
+    def __init__(self, ensemble: Ensemble, metrics: Metrics, longest: float) -> None:
+        self._ensemble = ensemble
+        self._metrics = metrics
+        self._longest = longest
+
+    async def pieces(
+        self, content: Content, body: Sampling, request_id: str
+    ) -> AsyncGenerator[tuple[int, Response], None]:
+        """The responses of all choices as they come, each with the number of its choice.
+
+        Whoever leaves early stops them all. Raises ApiError.
+        """
+        begun: float | None = time.monotonic()
+        # Triton's id has an end that is ours alone: callers may use theirs twice, and by this one requests are stopped.
+        unique = f"{request_id}/{secrets.token_hex(4)}"
+        arrived: asyncio.Queue[tuple[int, Response | Exception | None]] = asyncio.Queue()
+        tasks = [
+            asyncio.ensure_future(self._pump(content, body, f"{unique}/{choice}", choice, arrived))
+            for choice in range(body.n or 1)
+        ]
+        open_choices = len(tasks)
+        try:
+            while open_choices:
+                choice, response = await arrived.get()
+                if response is None:
+                    open_choices -= 1
+                elif isinstance(response, Exception):
+                    raise from_fault(response, content.names) from response
+                else:
+                    if begun is not None:
+                        self._metrics.first_token_seconds.observe(time.monotonic() - begun)
+                        begun = None
+                    if response.finish_reason:
+                        self._count(json.loads(response.usage))
+                    yield choice, response
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _pump(
+        self,
+        content: Content,
+        body: Sampling,
+        request_id: str,
+        choice: int,
+        arrived: asyncio.Queue[tuple[int, Response | Exception | None]],
+    ) -> None:
+        timeout = min(body.timeout or self._longest, self._longest)
+        answer = self._ensemble.ask(
+            content, body.parameters(choice), request_id, stream=bool(body.stream), timeout=timeout
+        )
+        try:
+            async with aclosing(answer):
+                async for response in answer:
+                    arrived.put_nowait((choice, response))
+            arrived.put_nowait((choice, None))
+        except Exception as fault:
+            arrived.put_nowait((choice, fault))
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.completion_tokens.inc(usage["completion_tokens"])

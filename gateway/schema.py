@@ -1,0 +1,204 @@
+"""The requests that are understood. A field that is not here is refused by its name; null is the same as absent.
+
+What OpenAI's clients send and what means nothing here is accepted only where its value changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+MAX_CHOICES = 4
+
+# What the ensemble takes as request parameters under the same names. It knows their ranges, and says what it refuses.
+PARAMETERS = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "stop_token_ids", "ignore_eos", "priority", "max_pixels", "min_pixels", "sparse_mode", "sparse_ratio", "audio_mode",
+)  # fmt: skip
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TextPart(Model):
+    type: Literal["text"]
+    text: str
+
+
+class ImageLink(Model):
+    """A data URL, a URL of an allowed host, or a file:// URL below the configured folder.
+
+    `detail` low would mean a smaller image, which `max_pixels` asks for in numbers.
+    """
+
+    url: str
+    detail: Literal["auto", "high"] | None = None
+
+
+class ImagePart(Model):
+    type: Literal["image_url"]
+    image_url: ImageLink
+
+
+class Sound(Model):
+    """A file in base64; it says its format itself, whatever `format` says."""
+
+    data: str
+    format: str | None = None
+
+
+class AudioPart(Model):
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+
+Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+
+
+def _kind_of_content(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+class Message(Model):
+    """One turn. The fields that are null come back with an answer that is sent again as history."""
+
+    role: str
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
+        Discriminator(_kind_of_content),
+    ]
+    name: None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(Model):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(Model):
+    type: Literal["text"]
+
+
+class Sampling(Model):
+    """What both kinds of request have in common. Left out, the checkpoint's and the server's defaults hold."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Beyond OpenAI's.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+    timeout: Annotated[float, Field(gt=0, le=86400, description="seconds for the whole answer")] | None = None
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+    sparse_mode: str | None = None
+    sparse_ratio: float | None = None
+    audio_mode: str | None = None
+
+    # Not honoured yet: only what asks for nothing.
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    # Means nothing here whatever it is: nothing is stored, billed or told apart by user.
+    user: str | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def longest(self) -> int | None:
+        """The tokens that the answer may have; None takes the server's default."""
+        return self.max_tokens
+
+    def parameters(self, choice: int) -> dict[str, Any]:
+        """The request parameters for one of the `n` answers; their seeds differ."""
+        values = {name: getattr(self, name) for name in PARAMETERS}
+        values["max_tokens"] = self.longest
+        values["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        values["seed"] = None if self.seed is None else self.seed + choice
+        return {name: value for name, value in values.items() if value is not None and value != []}
+
+    @model_validator(mode="after")
+    def _streams_if_it_has_options(self) -> Sampling:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options only together with stream")
+        return self
+
+
+class ChatRequest(Sampling):
+    """/v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+
+    # Not honoured yet: only what asks for nothing.
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: TextFormat | None = None
+
+    # There are no tools and one modality, and what an identifier or a label says changes no answer.
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _says_once_how_long(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens only if they are equal")
+        return self
+
+
+class CompletionRequest(Sampling):
+    """/v1/completions. The prompt is a user's turn: it goes through the checkpoint's chat template."""
+
+    prompt: str
+
+    # Not honoured yet: only what asks for nothing.
+    logprobs: None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+
+class TokenizeRequest(Model):
+    """/tokenize: exactly one of the two."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt: str | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> TokenizeRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("exactly one of messages and prompt")
+        return self

@@ -1,0 +1,81 @@
+"""The encoder against transformers in fp32: alone, and in one batch with clips of very different length."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from autoglm.audio.checkpoint import SpeechCheckpoint
+from autoglm.audio.wav2vec2 import Wav2Vec2
+from autoglm.checkpoint import CheckpointError
+from tests.audio.speech_checkpoints import tone, write_encoder
+
+CPU = torch.device("cpu")
+SECONDS = (3.1, 0.025, 0.4, 1.7, 0.4)
+
+
+def load_reference(kind: str, directory: Path) -> tuple[Any, Any]:
+    """transformers' model and processor."""
+    import transformers
+
+    processor: Any = transformers.AutoProcessor
+    return getattr(transformers, kind).from_pretrained(directory).eval(), processor.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("pad_to", [1, 8000])
+def test_features_and_text_are_those_of_transformers_alone_and_in_a_batch(
+    tmp_path: Path, norm: Literal["group", "layer"], pad_to: int
+) -> None:
+    reference, processor = load_reference("Wav2Vec2ForCTC", write_encoder(tmp_path, norm))
+    encoder = Wav2Vec2.load(SpeechCheckpoint.open(tmp_path), CPU, torch.float32)
+    encoder.pad_to = pad_to
+    clips = [tone(seconds, pitch=200 + 40 * i, seed=i) for i, seconds in enumerate(SECONDS)]
+
+    batch = encoder.encode([encoder.prepare(clip) for clip in clips])
+    texts = encoder.transcribe(batch)
+
+    for clip, features, text in zip(clips, batch, texts, strict=True):
+        inputs = processor(clip, sampling_rate=16000, return_tensors="pt")
+        with torch.no_grad():
+            expected = reference(inputs.input_values, output_hidden_states=True)
+            alone = reference.wav2vec2(inputs.input_values).last_hidden_state[0]
+        (ours,) = encoder.encode([encoder.prepare(clip)])
+        torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0)
+        torch.testing.assert_close(features, alone, atol=1e-4, rtol=0)
+        assert len(features) == encoder.checkpoint.frames(len(clip))
+        assert text == processor.batch_decode(expected.logits.argmax(-1))[0] == encoder.transcribe([ours])[0]
+    assert len(set(texts)) > 2
+
+
+def test_a_batch_is_what_transformers_makes_of_it_where_it_takes_a_mask(tmp_path: Path) -> None:
+    reference, processor = load_reference("Wav2Vec2Model", write_encoder(tmp_path, "layer"))
+    encoder = Wav2Vec2.load(SpeechCheckpoint.open(tmp_path), CPU, torch.float32)
+    clips = [tone(seconds, seed=i) for i, seconds in enumerate(SECONDS)]
+    inputs = processor(clips, sampling_rate=16000, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = reference(inputs.input_values, attention_mask=inputs.attention_mask).last_hidden_state
+    for features, row in zip(encoder.encode([encoder.prepare(clip) for clip in clips]), expected, strict=True):
+        torch.testing.assert_close(features, row[: len(features)], atol=1e-4, rtol=0)
+
+
+def test_the_shortest_clip_makes_one_frame(tmp_path: Path) -> None:
+    checkpoint = SpeechCheckpoint.open(write_encoder(tmp_path, "group"))
+    assert checkpoint.least_samples == 400
+    assert [checkpoint.frames(samples) for samples in (0, 1, 399, 400, 16000, 160000)] == [0, 0, 0, 1, 49, 499]
+
+
+def test_without_a_head_there_are_features_only(tmp_path: Path) -> None:
+    encoder = Wav2Vec2.load(SpeechCheckpoint.open(write_encoder(tmp_path, "group", head=False)), CPU, torch.float32)
+    features = encoder.encode([encoder.prepare(tone(0.5))])
+    with pytest.raises(ValueError, match="has no CTC head"):
+        encoder.transcribe(features)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        SpeechCheckpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(CheckpointError, match="model_type is 'whisper', supported is 'wav2vec2'"):
+        SpeechCheckpoint.open(tmp_path)

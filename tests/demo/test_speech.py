@@ -1,0 +1,181 @@
+"""Commands, voices, rooms and losses of the demo's speech; nothing here needs a synthesizer but what says so."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tokenizers import Tokenizer
+
+from demo.screens import render
+from demo.speech import voices
+from demo.speech.commands import KINDS, WORDINGS, Command, ask, commands
+from demo.speech.dataset import Clips, jobs
+from demo.speech.losses import LETTERS, Codebook, collapse, commitment, ctc, spell
+from demo.speech.measures import distance, error_rates
+from demo.speech.rooms import PAD_TO, listen
+from demo.speech.voices import RATE, VARIANTS, Voice
+
+SAMPLES = Path(__file__).parents[2] / "demo" / "speech" / "samples"
+
+
+@pytest.fixture(scope="module")
+def codebook(checkpoint_directory: Path) -> Codebook:
+    tokenizer = Tokenizer.from_file(str(checkpoint_directory / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(0)
+    return Codebook(tokenizer, torch.randn(tokenizer.get_vocab_size(), 256, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def clips() -> Clips:
+    """Beeps of different length in place of speech."""
+    lengths = torch.tensor([9000 + 1500 * k for k in range(12)])
+    time = torch.arange(int(lengths.sum())) / RATE
+    samples = (8000 * torch.sin(2 * np.pi * 440 * time)).to(torch.int16)
+    return Clips(jobs(12, "train"), samples, lengths.cumsum(0) - lengths, lengths)
+
+
+def test_held_out_wordings_and_speakers_are_never_trained_on() -> None:
+    for forms in WORDINGS.values():
+        for trained, held_out in forms.values():
+            assert trained and held_out and not set(trained) & set(held_out)
+    speakers = {split: {voice.speaker for _, voice in jobs(3000, split)} for split in ("train", "test")}
+    assert len(speakers["train"]) > 100 and len(speakers["test"]) > 20
+    assert not speakers["train"] & speakers["test"]
+    assert not set(VARIANTS["train"]) & set(VARIANTS["test"])
+
+
+def test_everything_that_can_be_said_can_be_spelt_and_bridged(codebook: Codebook) -> None:
+    for split in ("train", "test"):
+        for command in commands(2000, split, 0):
+            assert "{" not in command.text and "the the" not in command.text
+            letters = [list(LETTERS)[k] for k in spell(command)]
+            assert "".join(letters).replace("|", " ") == command.text
+            assert 0 not in codebook.encode(command)
+
+
+def test_commands_are_the_same_every_time() -> None:
+    assert list(commands(50, "train", 3)) == list(commands(50, "train", 3))
+    assert list(commands(50, "train", 3)) != list(commands(50, "train", 4))
+
+
+@pytest.mark.usefixtures("fonts")
+def test_a_command_on_a_screen_names_what_its_task_is_about() -> None:
+    found = 0
+    for seed in range(12):
+        for kind in KINDS:
+            asked = ask(render(seed, size=(360, 800)), kind, random.Random(seed), "test")
+            if asked is None:
+                continue
+            command, task = asked
+            found += 1
+            assert command.name in command.text and command.name in task.thought
+            if task.kind == "Launch":
+                assert task.action == f'do(action="Launch", app="{command.name}")'
+    assert found > 60
+
+
+def test_letters_of_a_path_are_collapsed_as_ctc_does() -> None:
+    assert collapse([0, 3, 3, 0, 3, 5, 5, 0]) == [3, 3, 5]
+    assert collapse([]) == []
+
+
+def test_outputs_that_are_the_tokens_embeddings_cost_nothing(codebook: Codebook) -> None:
+    places = codebook.encode(Command("tap", "en", "Wi-Fi", "train", 0))
+    path = [0, 0, places[0], places[0], 0, *places[1:], 0]
+    right = codebook.table[path][None]
+    counts = torch.tensor([len(path)])
+    assert ctc(codebook.nearness(right), counts, [places]) < 1e-3
+    assert commitment(right, counts, codebook) < 1e-6
+    assert ctc(codebook.nearness(right), counts, [places[::-1]]) > 1
+    assert commitment(1.5 * right, counts, codebook) > 0.1
+    shorter = torch.cat((right, 100 * torch.ones(1, 3, 256)), dim=1)
+    assert commitment(shorter, counts, codebook) < 1e-6, "what lies behind a clip's end counts nothing"
+
+
+def test_a_clip_too_short_for_its_words_counts_nothing(codebook: Codebook) -> None:
+    outputs = codebook.table[:2][None].clone().requires_grad_(True)
+    places = codebook.encode(Command("page", "en", "Bluetooth", "train", 0))
+    loss = ctc(codebook.nearness(outputs), torch.tensor([2]), [places])
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss == 0 and outputs.grad is not None and outputs.grad.isfinite().all()
+
+
+def test_rooms_leave_clips_normalised_and_padded_with_zeros(clips: Clips) -> None:
+    index = [0, 5, 11]
+    heard = clips.batch(index, torch.Generator().manual_seed(0))
+    assert heard.clips.shape[1] % PAD_TO == 0 and heard.clips.isfinite().all()
+    for row, length, spoken in zip(heard.clips, heard.lengths.tolist(), clips.lengths[index].tolist(), strict=True):
+        assert length > spoken / 1.16
+        assert not row[length:].any()
+        assert abs(float(row[:length].mean())) < 1e-3 and abs(float(row[:length].var()) - 1) < 1e-2
+    again = clips.batch(index, torch.Generator().manual_seed(0))
+    other = clips.batch(index, torch.Generator().manual_seed(1))
+    assert torch.equal(heard.clips, again.clips) and heard.clips.shape[0] == other.clips.shape[0]
+    assert heard.clips.shape != other.clips.shape or not torch.equal(heard.clips, other.clips)
+
+
+def test_silence_is_heard_as_silence() -> None:
+    heard = listen(torch.zeros(1, 8000), torch.tensor([8000]), torch.Generator().manual_seed(0), 1.0)
+    assert heard.clips.isfinite().all() and heard.clips.abs().max() < 1
+
+
+def test_an_epoch_holds_every_clip_once(clips: Clips) -> None:
+    batches = list(clips.epoch(4, random.Random(0)))
+    assert sorted(i for batch in batches for i in batch) == list(range(12))
+
+
+def test_resampling_keeps_a_tone() -> None:
+    time = np.arange(22050) / 22050
+    tone = (10_000 * np.sin(2 * np.pi * 1000 * time)).astype(np.int16)
+    resampled = voices.resample(tone, 22050)
+    expected = 10_000 * np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)
+    assert len(resampled) == RATE and np.abs(resampled - expected).max() < 60
+    assert len(voices.resample(tone[:8000], 8000)) == RATE
+
+
+def test_silence_around_a_clip_is_cut_off() -> None:
+    clip = np.concatenate([np.zeros(500, np.int16), np.full(300, -9000, np.int16), np.zeros(200, np.int16)])
+    assert len(voices.trim(clip)) == 300
+    assert len(voices.trim(np.zeros(100, np.int16))) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "voice"),
+    [
+        ("open Settings", Voice("espeak-ng", "en-gb+f4", 1.0, 0.5)),
+        ("打开设置", Voice("espeak-ng", "cmn-latn-pinyin", 1.0, 0.5)),
+        ("open Settings", Voice("flite", "rms", 1.0, 0.5)),
+    ],
+)
+def test_voices_speak(text: str, voice: Voice) -> None:
+    if voices.program(voice.program) is None:
+        pytest.skip(f"speaking needs it: apt-get install --no-install-recommends {voice.program}")
+    spoken = voices.speak(text, voice)
+    assert 0.3 < len(spoken) / RATE < 2 and np.abs(spoken.astype(np.int32)).max() > 2000
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voices, "program", lambda name: None)
+    with pytest.raises(voices.SynthesizerMissing, match="apt-get install --no-install-recommends espeak-ng flite"):
+        voices.require_synthesizers()
+
+
+def test_errors_are_counted_in_words_and_in_characters() -> None:
+    assert distance("abcd", "abd") == 1 and distance([], ["a"]) == 1 and distance("ab", "ba") == 2
+    english, chinese = Command("tap", "en", "Wi-Fi", "train", 0), Command("tap", "zh", "设置", "train", 0)
+    rates = error_rates([(english, "tap wi-fi"), (english, "tap why"), (chinese, "点击设")])
+    assert rates == {"en": 1 / 4, "zh": 1 / 4}
+
+
+def test_sample_clips_fit_their_screens(samples_directory: Path) -> None:
+    entries = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
+    assert {entry["sound"] for entry in entries} == {f.name for f in SAMPLES.iterdir()} - {"samples.json"}
+    for entry in entries:
+        info = soundfile.info(SAMPLES / entry["sound"])
+        assert info.samplerate == RATE and info.channels == 1 and 0.5 < info.duration < 4
+        assert (samples_directory / entry["image"]).is_file()
+        assert ("box" in entry) != ("action" in entry)

@@ -1,0 +1,172 @@
+"""Speech on a real server, with random encoders: what it hears is what the library hears; bad sound stops nobody."""
+
+import json
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from autoglm_client.cli import main
+from tokenizers import Tokenizer
+from tritonclient.utils import InferenceServerException
+
+from autoglm.audio.encoder import Heard, SpeechEncoder
+from autoglm.audio.speech import Mode, Speech
+from autoglm.chat import ChatRenderer
+from autoglm.checkpoint import Checkpoint
+from autoglm.config import load_config
+from autoglm.llm.engine import Engine
+from autoglm.llm.sequence import Clip, Output, Request
+from autoglm.messages import read_messages
+from autoglm.sampling import SamplingParams
+from autoglm.vision.encoder import VisionEncoder
+from autoglm_launcher.server import TritonServer
+from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
+from tests.audio.test_file import REFUSED
+from tests.e2e.conftest import ROOT
+from tests.e2e.triton import Call, ask
+from tests.images import encode, picture
+
+CPU = torch.device("cpu")
+HIDDEN = 256
+PARAMETERS = {"max_tokens": 24, "ignore_eos": True}
+SHORT = {"max_tokens": 2, "ignore_eos": True}
+SOUND = sound_file(tone(1.3), 16000)
+MIXED = [
+    sound_file(tone(2.1, 44100, 300, 1), 44100, "FLAC"),
+    sound_file(tone(0.7, 8000, 150, 2), 8000, "OGG"),
+    sound_file(tone(1.5, 48000, 500, 3), 48000, "MP3"),
+]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("speech")
+    return write_encoder(root / "encoder", "group"), write_projector(root / "bridge", HIDDEN)
+
+
+@pytest.fixture(scope="module")
+def hearing(
+    demo_checkpoint: Path, directories: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    speech, bridge = directories
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    config = ROOT / "autoglm-config.yaml"
+    with TritonServer(checkpoint=demo_checkpoint, config=config, speech=speech, bridge=bridge, log_path=log) as running:
+        yield running
+
+
+class Library:
+    """The parts of the server in this process."""
+
+    def __init__(self, directory: Path, speech: Speech | None) -> None:
+        self.config = config = load_config(ROOT / "autoglm-config.yaml")
+        self.checkpoint = Checkpoint.open(directory)
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        assert speech is not None
+        self.renderer = ChatRenderer(self.checkpoint, tokenizer, config.limits, 8192, "string", speech, config.audio)
+        self.vision = VisionEncoder(self.checkpoint, config.vision, config.limits, CPU, torch.float32)
+        self.speech = SpeechEncoder(speech, config.audio, HIDDEN, CPU, torch.float32)
+        self.engine = Engine(self.checkpoint, config.engine, CPU, torch.float32)
+        self.engine.start()
+
+    def answer(self, messages: str, images: Sequence[bytes], sounds: Sequence[bytes], mode: Mode) -> list[Output]:
+        limits, audio = self.config.limits, self.config.audio
+        chat = read_messages(messages.encode(), images, limits, self.renderer.roles, sounds, audio)
+        prompt = self.renderer.render(chat, audio_mode=mode)
+        (visual,), (heard,) = self.vision.encode([prompt.images]), self.speech.encode([prompt.clips])
+        assert isinstance(visual, torch.Tensor) and isinstance(heard, Heard)
+        clips = zip(prompt.clips, heard.transcripts, strict=True)
+        pieces: list[Output] = []
+        self.engine.submit(
+            Request(
+                "0", prompt.token_ids, SamplingParams.from_parameters(PARAMETERS, {}), pieces.append,
+                [image.grid for image in prompt.images], [image.hash.encode() for image in prompt.images], visual,
+                clips=[Clip(clip.hash.encode(), clip.tokens, text) for clip, text in clips],
+                audio_embeddings=heard.embeddings if mode == "bridge" else None,
+            )
+        )  # fmt: skip
+        while not pieces or not pieces[-1].is_last:
+            pass
+        return pieces
+
+    def close(self) -> None:
+        self.engine.close()
+        self.vision.close()
+        self.speech.close()
+
+
+@pytest.fixture(scope="module")
+def library(demo_checkpoint: Path, directories: tuple[Path, Path]) -> Iterator[Library]:
+    made = Library(demo_checkpoint, Speech.open(*directories, HIDDEN))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("mode", ["transcript", "bridge"])
+def test_voice_screenshot_and_text_give_the_tokens_of_the_library(
+    hearing: TritonServer, library: Library, mode: Mode
+) -> None:
+    parts: list[dict[str, Any]] = [
+        {"type": "audio"}, {"type": "image"}, {"type": "text", "text": "do this"}, {"type": "audio"},
+        {"type": "input_audio", "input_audio": {"data": b64encode(MIXED[2]).decode(), "format": "mp3"}},
+        {"type": "image"},
+    ]  # fmt: skip
+    messages = json.dumps([{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}])
+    images = [encode(picture(200, 300, 1)), encode(picture(300, 150, 2), "JPEG")]
+    inputs: dict[str, Sequence[bytes | str]] = {"MESSAGES": [messages], "IMAGES": images, "AUDIO": MIXED[:2]}
+    served = ask(hearing, inputs, audio_mode=mode, **PARAMETERS)
+    again = ask(hearing, inputs, audio_mode=mode, **PARAMETERS)
+
+    pieces = library.answer(messages, images, MIXED[:2], mode)
+
+    assert not any(piece.error for piece in pieces)
+    assert served.token_ids == again.token_ids == [id_ for piece in pieces for id_ in piece.token_ids]
+    assert served.transcripts == [text for piece in pieces for text in piece.transcripts]
+    assert len(served.transcripts) == (3 if mode == "transcript" else 0)
+    usage = pieces[-1].usage
+    assert usage is not None and served.usage["prompt_tokens"] == usage.prompt_tokens
+    seconds = (2.1, 0.7, 1.5)
+    expected = sum(-(-(int(s * 16000 - 400) // 320 + 1) // 5) for s in seconds) if mode == "bridge" else 0
+    assert served.usage["audio_tokens"] == usage.audio_tokens == expected
+    assert again.usage["cached_tokens"] > again.usage["prompt_tokens"] - 20
+
+
+def test_other_sound_is_another_prompt(hearing: TritonServer) -> None:
+    """All clips of one length have the same tokens: only their hashes tell them apart in the prefix cache."""
+    first, second = (sound_file(tone(1.3, pitch=pitch, seed=7)) for pitch in (210, 640))
+    for sound in (first, second):
+        reply = ask(hearing, {"PROMPT": [""], "AUDIO": [sound]}, audio_mode="bridge", **SHORT)
+        assert reply.usage["cached_tokens"] < 16
+
+
+def test_bad_sound_is_refused_and_stops_nobody(hearing: TritonServer) -> None:
+    good = [Call(hearing, {"PROMPT": ["hi"], "AUDIO": [sound_file(tone(0.5, seed=i))]}, SHORT) for i in range(4)]
+    bad = [Call(hearing, {"PROMPT": ["hi"], "AUDIO": [data]}, SHORT) for data, _ in REFUSED.values()]
+    for call, (_, says) in zip(bad, REFUSED.values(), strict=True):
+        with pytest.raises(InferenceServerException) as caught:
+            call.result()
+        assert f"INVALID_ARGUMENT: {says}" in caught.value.message()
+    assert [call.result().finish_reason for call in good] == ["length"] * 4
+    for data in (sound_file(tone(0.02)), sound_file(tone(1)[:1])):
+        with pytest.raises(InferenceServerException, match=r"AUDIO\[0\]: got \d+ samples at 16000 a second; allowed"):
+            ask(hearing, {"PROMPT": ["hi"], "AUDIO": [data]}, **SHORT)
+    with pytest.raises(InferenceServerException, match="AUDIO: got 11 files; allowed: at most 10"):
+        ask(hearing, {"PROMPT": ["hi"], "AUDIO": [SOUND] * 11}, **SHORT)
+    with pytest.raises(InferenceServerException, match="audio_mode: got 'words'; allowed: transcript or bridge"):
+        ask(hearing, {"PROMPT": ["hi"], "AUDIO": [SOUND]}, audio_mode="words", **SHORT)
+
+
+def test_a_deaf_server_says_so(server: TritonServer) -> None:
+    with pytest.raises(InferenceServerException, match="AUDIO: this server has no speech encoder; allowed: no audio"):
+        ask(server, {"PROMPT": ["hi"], "AUDIO": [SOUND]}, **SHORT)
+
+
+def test_the_command_speaks(hearing: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen, command = tmp_path / "screen.png", tmp_path / "command.wav"
+    screen.write_bytes(encode(picture(200, 300)))
+    command.write_bytes(SOUND)
+    main(["ask", "--image", str(screen), "--audio", str(command), "--server", hearing.grpc_url, "--max-tokens", "4"])
+    assert "heard: " in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""The gateway under a real HTTP server, in a thread of the tests."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from autoglm.config import Config, load_config
+from tests.e2e.conftest import ROOT
+
+
+@contextmanager
+def serve(app: FastAPI) -> Iterator[str]:
+    """Its address, such as http://127.0.0.1:1234; it has stopped when the block is left."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def configured(**settings: Any) -> Config:
+    """The project's configuration with other settings of the gateway."""
+    return load_config(ROOT / "autoglm-config.yaml", overrides=f"gateway: {settings!r}" if settings else None)
