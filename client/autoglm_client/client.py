@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -19,7 +20,9 @@ from autoglm_client.result import Piece, Result, Transcript
 from autoglm_client.sounds import AudioSource
 from autoglm_client.wire import Messages, SamplingValue
 
-STOP_SECONDS = 2.0  # how long a stop request may take
+STOP_EVERY = 0.05  # seconds between two stop requests
+STOP_SECONDS = 2.0  # how long a request that has been left is told to stop
+GRACE_SECONDS = 1.0  # the server ends a request whose time is over: only if it does not, the call does
 
 
 class Stream(Iterator[Piece]):
@@ -30,11 +33,12 @@ class Stream(Iterator[Piece]):
     """
 
     def __init__(
-        self, call: Any, request_id: str, first_piece_timeout: float | None, stop: Callable[[str], None], server: str
+        self, call: Any, request_id: str, first_piece_timeout: float | None, leave: Callable[..., None], server: str
     ) -> None:
         self.request_id = request_id
         self._call = call
-        self._stop = stop
+        self._reading = threading.Lock()  # held by who reads from the call
+        self._leave = leave
         self._server = server
         self._transcript = Transcript(request_id)
         self._lock = threading.Lock()
@@ -91,7 +95,9 @@ class Stream(Iterator[Piece]):
     def _advance(self) -> Piece | None:
         """Take the next response, or the end, from the network."""
         try:
-            piece = self._transcript.add(wire.read_response(next(self._call)))
+            with self._reading:
+                message = next(self._call)
+            piece = self._transcript.add(wire.read_response(message))
         except StopIteration:
             self._end()
             return None
@@ -140,10 +146,7 @@ class Stream(Iterator[Piece]):
                 return
             self._error = error
         self._stop_timer()
-        # In this order: a step that starts after the cancellation sees it by itself, and one that had started before
-        # hears of it from the stop request.
-        self._call.cancel()
-        self._stop(self.request_id)
+        self._leave(self._call, self._reading, self.request_id)
 
 
 class Client:
@@ -245,27 +248,44 @@ class Client:
     def _open(self, request: Any, timeout: float, first_piece_timeout: float | None) -> Stream:
         if self._closed:
             raise Cancelled("the client is closed")
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout)
-        stream = Stream(call, request.id, first_piece_timeout, self._stop, self.server)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout + GRACE_SECONDS)
+        stream = Stream(call, request.id, first_piece_timeout, self._leave, self.server)
         self._streams.add(stream)
         return stream
 
-    def _stop(self, request_id: str) -> None:
-        """Send the stop request without waiting for its answer; `close` waits."""
-
-        def send() -> None:
-            request = iter([wire.stop_request(request_id)])
-            try:
-                # A server that is gone has nothing to stop, and one that has no such request says so: both are fine.
-                with contextlib.suppress(grpc.RpcError, ValueError):
-                    for _ in self._stub.ModelStreamInfer(request, timeout=STOP_SECONDS):
-                        pass
-            finally:
-                self._stopping.discard(thread)
-
-        thread = threading.Thread(target=send, daemon=True)
+    def _leave(self, call: Any, reading: threading.Lock, request_id: str) -> None:
+        """See to it that a request ends for which nobody waits any more; `close` waits for that."""
+        thread = threading.Thread(target=self._end, args=(call, reading, request_id), daemon=True)
         self._stopping.add(thread)
         thread.start()
+
+    def _end(self, call: Any, reading: threading.Lock, request_id: str) -> None:
+        """Tell the server to stop until it has, with the call kept open meanwhile.
+
+        An ensemble does not tell its last step that its caller has gone, and that step knows a request only when it has
+        reached it. A call that is cancelled while the ensemble is at work can crash Triton before 24.12.
+        """
+        last = threading.Timer(STOP_SECONDS, call.cancel)
+        last.daemon = True
+        last.start()
+        try:
+            while not self._send_stop(request_id) and call.is_active():
+                time.sleep(STOP_EVERY)
+            with reading, contextlib.suppress(grpc.RpcError):
+                for _ in call:
+                    pass
+        finally:
+            last.cancel()
+            self._stopping.discard(threading.current_thread())
+
+    def _send_stop(self, request_id: str) -> bool:
+        """Whether the request was there to be stopped."""
+        request = iter([wire.stop_request(request_id)])
+        with contextlib.suppress(grpc.RpcError, ValueError):  # the server, or our own connection, is gone
+            return not any(
+                message.error_message for message in self._stub.ModelStreamInfer(request, timeout=STOP_SECONDS)
+            )
+        return False
 
 
 def _expire(reference: weakref.ref[Stream], seconds: float) -> None:

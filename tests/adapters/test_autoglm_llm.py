@@ -104,6 +104,7 @@ def test_gone_caller_is_noticed(model: Any) -> None:
         (make_request([1], cancelled=True), "CANCELLED"),
         (make_request([1], [bytes_tensor("IMAGE_HASHES", ["x"], (1, 1))]), "INVALID_ARGUMENT: IMAGE_HASHES"),
         (InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}), "INVALID_ARGUMENT: id"),
+        (InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}, "x"), "INVALID_ARGUMENT: id"),
     ],
 )
 def test_refusals(model: Any, request_: InferenceRequest, message: str) -> None:

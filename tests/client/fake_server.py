@@ -70,7 +70,10 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 assert request.parameters["STOP"].bool_param
                 assert [(i.name, i.datatype, list(i.shape)) for i in request.inputs] == [("PROMPT_IDS", "INT32", [0])]
                 stop.set()
-                yield response(finish_reason="cancelled")
+                if request.id in self.cancelled:  # "deaf": not there yet
+                    yield service_pb2.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: id: not running")
+                else:
+                    yield response(finish_reason="cancelled")
             else:
                 self.requests.append(request)
                 yield from self._answer(request, stop, context)

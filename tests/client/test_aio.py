@@ -115,7 +115,7 @@ def test_cancel_from_another_task(fake: FakeServer) -> None:
     with_client(fake, use)
 
 
-def test_cancels_the_call_too(fake: FakeServer) -> None:
+def test_a_request_that_does_not_end_is_cancelled(fake: FakeServer) -> None:
     async def use(client: AsyncClient) -> None:
         stream = client.stream(prompt="deaf", request_id="early")
         while not fake.requests:

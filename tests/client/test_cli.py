@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import wave
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def test_server_errors_and_answers_without_an_action(fake: FakeServer, capsys: O
 
 def test_interrupt_stops_the_request_on_the_server(fake: FakeServer) -> None:
     command = [sys.executable, "-m", "autoglm_client.cli", "ask", "endless", "--server", fake.url]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore interrupts
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         assert process.stdout and process.stdout.read(2) == "字字"  # it streams
         os.kill(process.pid, signal.SIGINT)

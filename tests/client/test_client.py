@@ -217,8 +217,8 @@ def test_cancel_while_nothing_has_come(fake: FakeServer) -> None:
         assert fake.was_stopped(stream.request_id)
 
 
-def test_cancels_the_call_too(fake: FakeServer) -> None:
-    """A request that has not reached the language model yet does not hear of the stop request."""
+def test_a_request_that_does_not_end_is_cancelled(fake: FakeServer) -> None:
+    """Such as one that has not reached the language model yet, which would hear of the stop request."""
     with Client(fake.url) as client:
         stream = client.stream(prompt="deaf", request_id="early")
         while not fake.requests:

@@ -7,7 +7,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,10 +130,10 @@ def test_a_stop_request_of_another_client_ends_the_stream(server: Any, client: C
     with Client(server.grpc_url) as other:
         stream = client.stream(prompt=task, images=[image], request_id="to-be-stopped", **LONG)
         next(stream)
-        # What leaving a stream sends, without the cancellation of the call that goes with it.
-        threading.Thread(target=other._stop, args=["to-be-stopped"]).start()
+        assert other._send_stop("to-be-stopped")
         with pytest.raises(Cancelled, match="told to stop"):
             stream.result()
+        assert not other._send_stop("to-be-stopped")
 
 
 def test_command_line(server: Any, samples: list[Sample], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

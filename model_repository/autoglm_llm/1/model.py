@@ -107,11 +107,15 @@ class TritonPythonModel:
         return torch.from_dlpack(tensors[name].to_dlpack())[0].to(self.engine.runner.device, copy=True)
 
     def _stop(self, caller: str) -> None:
-        """End the running requests that their caller gave this id: a closed stream does not reach an ensemble."""
-        if not caller:
-            raise invalid("id", caller, "the id of the request to stop")
+        """End the running requests that their caller gave this id: a closed stream does not reach an ensemble.
+
+        Raises:
+            RequestError: there is none, or not yet.
+        """
         with self._lock:
             numbers = list(self._running.get(caller, ()))
+        if not caller or not numbers:
+            raise invalid("id", caller, "the id of a request that runs here")
         for number in numbers:
             self.engine.cancel(number)
 
