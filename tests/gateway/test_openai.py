@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 from typing import Any
 
 import httpx
@@ -208,3 +209,11 @@ def test_health_readiness_and_metrics(http: httpx.Client) -> None:
     page = http.get("/metrics").text
     assert 'autoglm_gateway_requests_total{path="/v1/chat/completions",status="200"}' in page
     assert "autoglm_gateway_first_token_seconds_count" in page
+
+
+def test_the_example_of_the_readme(gateway: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import OpenAI" in code)
+    assert "http://127.0.0.1:8080/v1" in example
+    exec(example.replace("http://127.0.0.1:8080", gateway), {})
+    assert "do(" in capsys.readouterr().out
