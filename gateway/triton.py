@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -12,6 +11,7 @@ import grpc
 import numpy as np
 from autoglm_client import wire
 from autoglm_client.errors import Cancelled, RequestTimeout, ServerError, from_status, from_text
+from autoglm_client.open_call import OpenCall
 from autoglm_client.result import Response
 from tritonclient.grpc import service_pb2_grpc
 
@@ -20,8 +20,6 @@ from gateway.content import Content
 CONNECT_SECONDS = 5.0
 TOKENIZE_SECONDS = 30.0
 GRACE_SECONDS = 5.0  # the engine itself ends a request whose time is over: only if it does not, the call does
-STOP_EVERY = 0.05  # seconds between two stop requests
-STOP_SECONDS = 2.0  # how long a stream that nobody reads any more is told to stop
 PREPROCESS = "preprocess"
 
 
@@ -49,11 +47,11 @@ class Ensemble:
         A generator that is closed before its end ends the request on the server too. Raises AutoGLMError.
         """
         request = _request(content, parameters, request_id, stream, timeout)
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout + GRACE_SECONDS)
+        call = OpenCall(self._stub, request, timeout + GRACE_SECONDS)
         ended = False
         finish_reason = ""
         try:
-            async for message in call:
+            while (message := await call.read()) is not None:
                 if message.error_message:
                     ended = True
                     raise from_text(message.error_message)
@@ -73,7 +71,7 @@ class Ensemble:
             raise from_status(fault.code(), fault.details(), self.address) from None
         finally:
             if not ended:
-                task = asyncio.get_running_loop().create_task(self._abandon(call, request_id))
+                task = asyncio.get_running_loop().create_task(self._abandon(call))
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)
 
@@ -97,24 +95,11 @@ class Ensemble:
             await asyncio.wait(self._ending)
         await self._channel.close()
 
-    async def _abandon(self, call: Any, request_id: str) -> None:
-        """Stop a request that nobody waits for any more.
-
-        An ensemble does not tell its last step that its caller has gone, so that step is told directly, and again until
-        it has ended: before the request has reached it, it knows of none. The call is left open to see that.
-        """
+    async def _abandon(self, call: OpenCall) -> None:
+        """Stop a request that nobody waits for any more."""
         begun = time.monotonic()
-        end = asyncio.ensure_future(_drain(call))
-        while not end.done() and time.monotonic() - begun < STOP_SECONDS:
-            await self._send_stop(request_id)
-            await asyncio.wait([end], timeout=STOP_EVERY)
-        self._on_abandoned(time.monotonic() - begun if end.done() else None)
-        call.cancel()
-        await asyncio.wait([end])
-
-    async def _send_stop(self, request_id: str) -> None:
-        with contextlib.suppress(grpc.RpcError):  # a server that is gone has nothing to stop
-            await _drain(self._stub.ModelStreamInfer(iter([wire.stop_request(request_id)]), timeout=STOP_SECONDS))
+        ended = await call.end()
+        self._on_abandoned(time.monotonic() - begun if ended else None)
 
 
 def _request(content: Content, parameters: dict[str, Any], request_id: str, stream: bool, timeout: float) -> Any:
@@ -129,9 +114,3 @@ def _check_end(finish_reason: str) -> None:
         raise Cancelled("the server was told to stop this request")
     if finish_reason == "timeout":
         raise RequestTimeout("the request's time ran out")
-
-
-async def _drain(call: Any) -> None:
-    with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-        async for _ in call:
-            pass

@@ -13,9 +13,10 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from autoglm_client import wire
-from autoglm_client.client import GRACE_SECONDS, STOP_EVERY, STOP_SECONDS
+from autoglm_client.client import GRACE_SECONDS
 from autoglm_client.errors import AutoGLMError, Cancelled, RequestTimeout, Unreadable, from_status
 from autoglm_client.images import ImageSource
+from autoglm_client.open_call import STOP_SECONDS, OpenCall
 from autoglm_client.result import Piece, Result, Transcript
 from autoglm_client.sounds import AudioSource
 from autoglm_client.wire import Messages, SamplingValue
@@ -29,11 +30,15 @@ class AsyncStream(AsyncIterator[Piece]):
     """
 
     def __init__(
-        self, call: Any, request_id: str, first_piece_timeout: float | None, leave: Callable[..., None], server: str
+        self,
+        call: OpenCall,
+        request_id: str,
+        first_piece_timeout: float | None,
+        leave: Callable[[OpenCall], None],
+        server: str,
     ) -> None:
         self.request_id = request_id
         self._call = call
-        self._reading = asyncio.Lock()  # held by who reads from the call
         self._leave = leave
         self._server = server
         self._loop = asyncio.get_running_loop()
@@ -82,14 +87,13 @@ class AsyncStream(AsyncIterator[Piece]):
     def __del__(self) -> None:
         if hasattr(self, "_first_piece_by") and not (self._error or self._result) and self._loop.is_running():
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
-                self._loop.call_soon_threadsafe(self._leave, self._call, self._reading, self.request_id)
+                self._loop.call_soon_threadsafe(self._leave, self._call)
 
     async def _advance(self) -> Piece | None:
         """Take the next response, or the end, from the network."""
         try:
-            # Shielded: a call whose reading is cancelled is cancelled itself.
-            message = await asyncio.wait_for(asyncio.shield(self._read()), self._first_piece_left())
-            if message is grpc.aio.EOF:
+            message = await asyncio.wait_for(self._call.read(), self._first_piece_left())
+            if message is None:
                 self._result = self._transcript.result()
                 return None
             piece = self._transcript.add(wire.read_response(message))
@@ -114,10 +118,6 @@ class AsyncStream(AsyncIterator[Piece]):
             self._first_piece_by = None
         return piece
 
-    async def _read(self) -> Any:
-        async with self._reading:
-            return await self._call.read()
-
     def _first_piece_left(self) -> float | None:
         return None if self._first_piece_by is None else max(0.0, self._first_piece_by - self._loop.time())
 
@@ -131,7 +131,7 @@ class AsyncStream(AsyncIterator[Piece]):
         if self._error or self._result:
             return
         self._error = error
-        self._leave(self._call, self._reading, self.request_id)
+        self._leave(self._call)
 
 
 class AsyncClient:
@@ -155,7 +155,7 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(server, options=wire.channel_options(connect_timeout))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
-        self._stopping: set[asyncio.Task[None]] = set()
+        self._stopping: set[asyncio.Task[bool]] = set()
         self._closed = False
 
     async def generate(
@@ -227,34 +227,13 @@ class AsyncClient:
     def _open(self, request: Any, timeout: float, first_piece_timeout: float | None) -> AsyncStream:
         if self._closed:
             raise Cancelled("the client is closed")
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout + GRACE_SECONDS)
+        call = OpenCall(self._stub, request, timeout + GRACE_SECONDS)
         stream = AsyncStream(call, request.id, first_piece_timeout, self._leave, self.server)
         self._streams.add(stream)
         return stream
 
-    def _leave(self, call: Any, reading: asyncio.Lock, request_id: str) -> None:
+    def _leave(self, call: OpenCall) -> None:
         """See to it that a request ends for which nobody waits any more; `aclose` waits for that."""
-        task = asyncio.get_running_loop().create_task(self._end(call, reading, request_id))
+        task = asyncio.get_running_loop().create_task(call.end())
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
-
-    async def _end(self, call: Any, reading: asyncio.Lock, request_id: str) -> None:
-        """As the blocking client does it: `Client._end` says why."""
-
-        async def stop_and_read() -> None:
-            while not await self._send_stop(request_id) and not call.done():
-                await asyncio.sleep(STOP_EVERY)
-            async with reading:
-                while await call.read() is not grpc.aio.EOF:
-                    pass
-
-        with contextlib.suppress(grpc.RpcError, TimeoutError, asyncio.TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(stop_and_read(), STOP_SECONDS)
-        call.cancel()
-
-    async def _send_stop(self, request_id: str) -> bool:
-        """Whether the request was there to be stopped."""
-        call = self._stub.ModelStreamInfer(iter([wire.stop_request(request_id)]), timeout=STOP_SECONDS)
-        with contextlib.suppress(grpc.RpcError):  # the server is gone
-            return not [message async for message in call if message.error_message]
-        return False

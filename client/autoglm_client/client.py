@@ -16,12 +16,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from autoglm_client import wire
 from autoglm_client.errors import AutoGLMError, Cancelled, RequestTimeout, Unreadable, from_status
 from autoglm_client.images import ImageSource
+from autoglm_client.open_call import STOP_EVERY, STOP_SECONDS
 from autoglm_client.result import Piece, Result, Transcript
 from autoglm_client.sounds import AudioSource
 from autoglm_client.wire import Messages, SamplingValue
 
-STOP_EVERY = 0.05  # seconds between two stop requests
-STOP_SECONDS = 2.0  # how long a request that has been left is told to stop
 GRACE_SECONDS = 1.0  # the server ends a request whose time is over: only if it does not, the call does
 
 
@@ -260,11 +259,7 @@ class Client:
         thread.start()
 
     def _end(self, call: Any, reading: threading.Lock, request_id: str) -> None:
-        """Tell the server to stop until it has, with the call kept open meanwhile.
-
-        An ensemble does not tell its last step that its caller has gone, and that step knows a request only when it has
-        reached it. A call that is cancelled while the ensemble is at work can crash Triton before 24.12.
-        """
+        """Tell the server to stop until it has, with the call kept open meanwhile: `OpenCall` says why."""
         last = threading.Timer(STOP_SECONDS, call.cancel)
         last.daemon = True
         last.start()

@@ -15,7 +15,9 @@ from autoglm_client import (
     RequestTimeout,
     ServerUnavailable,
     Tap,
+    wire,
 )
+from autoglm_client.open_call import OpenCall
 
 from tests.client.fake_server import ANSWER, FakeServer
 from tests.client.test_client import FAULTS
@@ -131,6 +133,25 @@ def test_cancelling_the_reading_task_stops_the_request(fake: FakeServer) -> None
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(client.generate(prompt="silent", request_id="waited"), 0.1)
         assert await was_stopped(fake, "waited")
+
+    with_client(fake, use)
+
+
+def test_a_call_stays_open_until_the_server_has_ended_the_request(fake: FakeServer) -> None:
+    """Although the task that reads from it is cancelled."""
+
+    async def use(client: AsyncClient) -> None:
+        for prompt, ends in (("silent", True), ("deaf", False)):
+            request = wire.inference_request(None, prompt, (), (), {}, prompt, stream=True, timeout=10)
+            call = OpenCall(client._stub, request, 10)
+            reading = asyncio.ensure_future(call.read())
+            while request.id not in fake.stopped:
+                await asyncio.sleep(0.01)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            assert await call.end() is ends
+            assert await was_stopped(fake, request.id)
 
     with_client(fake, use)
 
