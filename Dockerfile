@@ -14,9 +14,10 @@ COPY client ./client
 COPY autoglm_launcher ./autoglm_launcher
 COPY autoglm/__init__.py ./autoglm/__init__.py
 # Before the rest is copied, so that a change of the code installs no packages again.
-RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.environment --no-server
+RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.environment --no-server gateway
 
 COPY autoglm ./autoglm
+COPY gateway ./gateway
 COPY model_repository ./model_repository
 COPY presets ./presets
 COPY autoglm-config.yaml ./
@@ -34,9 +35,9 @@ ENV XDG_CACHE_HOME=/var/cache/autoglm \
 RUN install -d -o 1000 -g 1000 /var/cache/autoglm
 USER 1000:1000
 
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 8080
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=40s --start-period=30m --retries=3 \
-    CMD ["/opt/autoglm/.venv/bin/python", "-m", "autoglm_launcher.probe"]
+HEALTHCHECK --interval=30s --timeout=60s --start-period=30m --retries=3 \
+    CMD ["/opt/autoglm/.venv/bin/python", "-m", "autoglm_launcher.probe", "--gateway", "127.0.0.1:8080"]
 ENTRYPOINT ["/opt/autoglm/.venv/bin/python", "-m", "autoglm_launcher", \
     "--tritonserver", "/opt/tritonserver/bin/tritonserver", "--host", "0.0.0.0", "--log", "-"]

@@ -127,7 +127,7 @@ class VisionSection:
     loading: Literal["lazy", "preload"] = "preload"
     warm_up: tuple[tuple[int, int], ...] = ((1080, 2400), (1080, 1920))
     decode_threads: int = 4
-    max_patches_per_pass: int = 65536
+    max_patches_per_pass: int = 16384
     int8: bool = False
     feature_cache_mb: Annotated[int, Range(0)] = 512
     feature_cache_host_mb: Annotated[int, Range(0)] = 0
@@ -161,7 +161,7 @@ class EngineConfig:
 
     max_batch_size: int = 64
     max_tokens_per_step: int = 8192
-    max_tokens_per_mixed_step: int = 768
+    max_tokens_per_mixed_step: int = 1024
     max_queue_size: int = 256
     max_context: int = 32768
     default_max_tokens: int = 1024

@@ -1,12 +1,17 @@
 """Where a process computes and in which dtype: decided once, at start, here."""
 
 import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 from autoglm.config import ConfigError, ModelConfig
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def choose_device(config: ModelConfig, index: int = 0) -> tuple[torch.device, torch.dtype]:
@@ -31,3 +36,24 @@ def choose_device(config: ModelConfig, index: int = 0) -> tuple[torch.device, to
         torch.cuda.set_device(device)
     log.info("computing on %s in %s", torch.cuda.get_device_name(device) if on_gpu else "the CPU", name)
     return device, dtype
+
+
+def beside(device: torch.device, compute: Callable[[], T]) -> T:
+    """What `compute` returns, once it is there.
+
+    On a GPU it is computed in a stream of its own, ahead of what waits in others; what it reads must be there already.
+    Who uses a tensor of the result in another stream has to say so (`record_stream`).
+    """
+    if device.type != "cuda":
+        return compute()
+    stream = _side_stream(device)
+    with torch.cuda.stream(stream):
+        result = compute()
+        stream.synchronize()
+    return result
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: each stream has memory of its own."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

@@ -80,25 +80,26 @@ class MediaEncoder(ABC, Generic[F, D]):
     def _features(self, group: list[D]) -> list[torch.Tensor]:
         """One pass: the features of each file, each in a storage of its own."""
 
-    def _encode(self, requests: Sequence[Sequence[F]]) -> list[list[torch.Tensor] | RequestError]:
-        """The features of each request's files, shared with the cache; or the error of its first file that cannot be
-        used, which other requests do not notice."""
+    def _encode(self, requests: Sequence[Sequence[F]]) -> Iterator[tuple[int, list[torch.Tensor] | RequestError]]:
+        """Which request, and the features of its files, shared with the cache; or the error of its first file that
+        cannot be used, which other requests do not notice. Each as soon as its last file is computed."""
         claimed: list[tuple[F, Future[torch.Tensor]]] = []
-        shares: list[list[Future[torch.Tensor]]] = [[] for _ in requests]
+        shares: dict[int, list[Future[torch.Tensor]]] = {}
         try:
-            for files, futures in zip(requests, shares, strict=True):
-                for file in files:
-                    future, is_mine = self.cache.claim(self._key(file))
-                    futures.append(future)
-                    if is_mine:
-                        claimed.append((file, future))
+            for index, files in enumerate(requests):
+                claims = [(file, *self.cache.claim(self._key(file))) for file in files]
+                shares[index] = [future for _, future, _ in claims]
+                claimed += [(file, future) for file, future, is_mine in claims if is_mine]
+            yield from _collect_done(requests, shares)
             for group in self._passes(self._decoded(file for file, _ in claimed)):
                 self._run(group)
+                yield from _collect_done(requests, shares)
         finally:  # whatever has happened, nobody may wait for ever
             for file, future in claimed:
                 if not future.done():
                     self.cache.fail(self._key(file), RequestError(f": the {self.kind} failed", ErrorCode.INTERNAL))
-        return [_collect(*pair) for pair in zip(requests, shares, strict=True)]
+        for index, futures in shares.items():  # of files that other threads encode
+            yield index, _collect(requests[index], futures)
 
     def _join(self, features: Sequence[torch.Tensor], size: int) -> torch.Tensor:
         """One request's features one after another, in memory of their own: the cache's are handed to nobody who could
@@ -106,9 +107,9 @@ class MediaEncoder(ABC, Generic[F, D]):
         return torch.cat([torch.empty(0, size, dtype=FEATURE_DTYPE, device=self.device), *features])
 
     def _finish(self) -> None:
-        """Wait for the device: the features go to another process, which knows no stream of ours."""
+        """Wait for the features: they may go to another process, which knows no stream of ours."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _enter_thread(self) -> None:
         if self.device.type == "cuda":
@@ -165,6 +166,14 @@ class MediaEncoder(ABC, Generic[F, D]):
         else:
             for file, part in zip(group, features, strict=True):
                 self.cache.put(file.key, part)
+
+
+def _collect_done(
+    requests: Sequence[Sequence[F]], shares: dict[int, list[Future[torch.Tensor]]]
+) -> Iterator[tuple[int, list[torch.Tensor] | RequestError]]:
+    """What is done already; it is taken out of the shares."""
+    for index in [index for index, futures in shares.items() if all(future.done() for future in futures)]:
+        yield index, _collect(requests[index], shares.pop(index))
 
 
 def _collect(files: Sequence[F], shares: Sequence[Future[torch.Tensor]]) -> list[torch.Tensor] | RequestError:

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from autoglm.config import ConfigError, load_config
 from autoglm_launcher import arguments
 from autoglm_launcher.arguments import ROOT, Options
 from autoglm_launcher.console import Progress, complain, say
 from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.gateway import Gateway
 from autoglm_launcher.installation import Installation
 from autoglm_launcher.probe import Answer, ProbeError, Sample, ask
 from autoglm_launcher.server import TritonServer
@@ -29,18 +31,19 @@ SAMPLE_TOKENS = 256
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 after --once, 1 on failure, 128 + N when signal N ended it."""
     raise_on_signals()
-    server = None
+    server = gateway = None
     try:
         options = arguments.parse(argv)
         options.check()
         _check_config(options)
         server = _make_server(options)
-        answer = _start(server)
+        gateway = _make_gateway(options, server.grpc_url)
+        answer = _start(server, gateway)
         if options.once:
             _print_answer(answer)
             return 0
-        _print_endpoints(server, options)
-        _keep_serving(server)
+        _print_endpoints(server, gateway, options)
+        _keep_serving(server, gateway)
     except (LauncherError, ProbeError) as error:
         complain(str(error))
         return 1
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"{interrupted}: stopping; once more stops at once")
         return interrupted.exit_code
     finally:
-        _stop(server)
+        _stop(server, gateway)
     return 0
 
 
@@ -61,9 +64,7 @@ def _check_config(options: Options) -> None:
 
 
 def _make_server(options: Options) -> TritonServer:
-    if options.log:
-        options.log.parent.mkdir(parents=True, exist_ok=True)
-        options.log.write_bytes(b"")
+    _empty(options.log)
     given = options.tritonserver
     return TritonServer(
         checkpoint=options.checkpoint,
@@ -80,11 +81,32 @@ def _make_server(options: Options) -> TritonServer:
     )
 
 
-def _start(server: TritonServer) -> Answer:
+def _make_gateway(options: Options, triton: str) -> Gateway | None:
+    if options.gateway_port is None:
+        return None
+    log = options.log and options.log.with_name(f"gateway-{options.gateway_port}.log")
+    _empty(log)
+    paths = {"CONFIG": options.config, "PRESET": options.preset, "API_KEYS": options.keys}
+    environment = {f"AUTOGLM_{name}": str(path) for name, path in paths.items() if path}
+    environment["AUTOGLM_OVERRIDES"] = options.overrides
+    return Gateway(triton, options.host, options.gateway_port, log, environment)
+
+
+def _empty(log: Path | None) -> None:
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+
+
+def _start(server: TritonServer, gateway: Gateway | None = None) -> Answer:
     """Start and prove; returns the answer that proves it."""
     sample = Sample.first()
     progress = Progress("starting the server")
     server.start()
+    if gateway:
+        # Beside the server, so that what is wrong with it is known before the models are loaded.
+        gateway.start()
+        gateway.wait_listening()
     server.wait_ready(READY_S, lambda seconds, loaded: progress.show(f"loaded {', '.join(loaded) or 'nothing yet'}"))
     progress.done("models loaded")
     progress = Progress("asking for an action on a sample screenshot")
@@ -95,6 +117,8 @@ def _start(server: TritonServer) -> Answer:
     progress.done(
         f"answered, first token after {answer.first_token_s:.2f} s, {answer.usage['completion_tokens']} tokens"
     )
+    if gateway:
+        gateway.wait_ready()
     return answer
 
 
@@ -108,21 +132,25 @@ def _print_answer(answer: Answer) -> None:
     print(f"task:    {Sample.first().task}\nthought: {parsed.thought}\naction:  {parsed.action}", flush=True)
 
 
-def _print_endpoints(server: TritonServer, options: Options) -> None:
+def _print_endpoints(server: TritonServer, gateway: Gateway | None, options: Options) -> None:
     sample = Sample.first()
     image = sample.image.relative_to(ROOT)
     say(f"serving {options.checkpoint}")
     print(f"  HTTP     {server.http_url}\n  gRPC     {server.grpc_url}\n  metrics  {server.metrics_url}")
+    if gateway:
+        print(f"  OpenAI   {gateway.url}/v1\n  browser  {gateway.url}/")
     print(f'try:  .venv/bin/autoglm ask --server {server.grpc_url} --image {image} "{sample.task}"')
     print(f"log:  {options.log or 'here'}\nCtrl-C stops it", flush=True)
 
 
-def _keep_serving(server: TritonServer) -> None:
-    """Watch, and restart the whole group of processes when it no longer serves. Returns never."""
+def _keep_serving(server: TritonServer, gateway: Gateway | None) -> None:
+    """Watch, and restart the server's whole group of processes when it no longer serves. Returns never."""
     back_off_s = 1.0
     watchdog, started = Watchdog(server, Sample.first()), time.monotonic()
     while True:
         time.sleep(CHECK_S)
+        if gateway:
+            gateway.revive()
         reason = watchdog.check()
         if reason is None:
             continue
@@ -142,11 +170,17 @@ def _keep_serving(server: TritonServer) -> None:
         say("serving again")
 
 
-def _stop(server: TritonServer | None) -> None:
-    # A second signal ends the wait for running requests; stop() then kills what is left.
+def _stop(server: TritonServer | None, gateway: Gateway | None) -> None:
+    now = False
     with suppress(Interrupted):
-        if server:
-            server.stop()
+        if gateway:
+            gateway.terminate()  # so that both wait for running requests at the same time
+    for part in (server, gateway):
+        try:
+            if part:
+                part.stop(now=now)
+        except Interrupted:
+            now = True  # a second signal ends the wait; stop() has killed what was left
 
 
 if __name__ == "__main__":

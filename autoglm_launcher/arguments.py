@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autoglm_launcher.errors import LauncherError
 from autoglm_launcher.gpus import check_gpus
-from autoglm_launcher.ports import Ports
+from autoglm_launcher.ports import Ports, check_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -25,6 +25,7 @@ class Options:
 
     speech, bridge: directories of the speech encoder and of its projector; None means without.
     overrides: values that the command line sets over the configuration, in YAML; empty for none.
+    gateway_port: None means without a gateway. keys: the file of its callers' keys; None means that they need none.
     """
 
     checkpoint: Path
@@ -36,6 +37,8 @@ class Options:
     gpus: tuple[int, ...] | None
     host: str
     ports: Ports
+    gateway_port: int | None
+    keys: Path | None
     once: bool
     log: Path | None
     tritonserver: Path | None
@@ -59,7 +62,8 @@ class Options:
             raise LauncherError(f"there is no preset {self.preset.stem} ({self.preset}): there are {there}")
         if self.gpus is not None:
             check_gpus(self.gpus)
-        self.ports.check(self.host)
+        gateway = {} if self.gateway_port is None else {"gateway": self.gateway_port}
+        check_ports(asdict(self.ports) | gateway, self.host)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -69,6 +73,7 @@ def parse(argv: Sequence[str]) -> Options:
         description="Serve an AutoGLM checkpoint with the NVIDIA Triton Inference Server. Installs into .venv first.",
         epilog="Environment: AUTOGLM_PYTHON (the Python to use), AUTOGLM_TORCH_INDEX (a pip index for PyTorch), "
         "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CACHE (where quantised weights are kept), "
+        "AUTOGLM_API_KEYS (a file of the keys that the gateway asks for, one a line), "
         "AUTOGLM_CHECKPOINT, AUTOGLM_SPEECH, AUTOGLM_BRIDGE, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (lines of it).",
     )
     add = parser.add_argument
@@ -86,6 +91,8 @@ def parse(argv: Sequence[str]) -> Options:
     add("--http-port", type=_port, default=Ports.http, metavar="N", help="default: %(default)s")
     add("--grpc-port", type=_port, default=Ports.grpc, metavar="N", help="default: %(default)s")
     add("--metrics-port", type=_port, default=Ports.metrics, metavar="N", help="default: %(default)s")
+    add("--gateway-port", type=_port, default=8080, metavar="N", help="of OpenAI's protocol (default: %(default)s)")
+    add("--no-gateway", action="store_true", help="serve Triton's own protocols only")
     add("--once", action="store_true", help="answer one sample screenshot, print thought and action, and stop")
     add("--log", metavar="FILE", help="the server's log (default: logs/server-PORT.log); - is standard output")
     add("--tritonserver", type=Path, metavar="PATH", help="use this tritonserver, and this Python; install nothing")
@@ -95,6 +102,7 @@ def parse(argv: Sequence[str]) -> Options:
     preset = ROOT / "presets" / f"{given.preset}.yaml" if given.preset else _from_environment("PRESET")
     log = Path(given.log or ROOT / "logs" / f"server-{given.http_port}.log")
     checkpoint = base / (given.checkpoint or _from_environment("CHECKPOINT") or DEMO_CHECKPOINT)
+    keys = _from_environment("API_KEYS")
     speech = given.speech or _from_environment("SPEECH")
     bridge = given.bridge or _from_environment("BRIDGE")
     if checkpoint.resolve() == DEMO_CHECKPOINT and speech is None and bridge is None:
@@ -109,6 +117,8 @@ def parse(argv: Sequence[str]) -> Options:
         gpus=given.gpus,
         host=given.host,
         ports=Ports(given.http_port, given.grpc_port, given.metrics_port),
+        gateway_port=None if given.no_gateway or given.once else given.gateway_port,
+        keys=keys and base / keys,
         once=given.once,
         log=None if given.log == "-" else base / log,
         tritonserver=given.tritonserver and base / given.tritonserver,

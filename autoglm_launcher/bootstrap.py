@@ -18,7 +18,8 @@ def main(argv: Sequence[str]) -> int:
     raise_on_signals()
     try:
         options.check()
-        python = sys.executable if options.tritonserver else str(environment.prepare())
+        extras = [] if options.gateway_port is None else ["gateway"]
+        python = sys.executable if options.tritonserver else str(environment.prepare(extras))
     except LauncherError as error:
         complain(str(error))
         return 1

@@ -1,8 +1,9 @@
 """A real request to a running server: the proof that it answers, which Triton's own readiness is not.
 
-    python -m autoglm_launcher.probe [--http HOST:PORT] [--timeout SECONDS]
+    python -m autoglm_launcher.probe [--http HOST:PORT] [--timeout SECONDS] [--gateway HOST:PORT]
 
-asks for one token about a sample screenshot through the whole ensemble; exit code 0 when it comes.
+asks for one token about a sample screenshot through the whole ensemble; exit code 0 when it comes, and when
+the gateway is ready too, where one is named.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
+
+from autoglm_launcher.gateway import fault_of
 
 ENSEMBLE = "ensemble"
 # How the engine and Triton say that too much waits already. The HTTP status does not tell: a stream's errors are 400.
@@ -128,9 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m autoglm_launcher.probe", description="Ask the server one token.")
     parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--gateway", metavar="HOST:PORT", help="a gateway that must be ready (default: none)")
     options = parser.parse_args(argv)
     try:
         answer = ask(options.http, Sample.first(), max_tokens=1, timeout_s=options.timeout)
+        if options.gateway and (fault := fault_of(options.gateway, "/ready")):
+            raise ProbeError(f"gateway: {fault}")
     except ProbeError as error:
         print(f"probe: {error}", file=sys.stderr)
         return 0 if error.busy else 1

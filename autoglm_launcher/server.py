@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +14,9 @@ from pathlib import Path
 from autoglm_launcher.errors import LauncherError
 from autoglm_launcher.gpus import visible_gpu_count
 from autoglm_launcher.installation import Installation, check_numpy
-from autoglm_launcher.ports import Ports
-from autoglm_launcher.processes import (
-    ServerProcess,
-    kill,
-    kill_group,
-    region_prefix,
-    remove_regions,
-    remove_stale,
-    server_processes,
-)
+from autoglm_launcher.ports import Ports, reachable
+from autoglm_launcher.processes import remove_stale
+from autoglm_launcher.supervised import Supervised
 
 ROOT = Path(__file__).resolve().parent.parent
 SHM_STEP_BYTES = 16 << 20  # a stub's shared memory begins with this and grows by it, for good: a few screenshots
@@ -37,7 +28,7 @@ NO_GPU = re.compile("CUDA driver version is insufficient|CudaDriverHelper|NVML|D
 CLOSED_APIS = "model-repository,shared-memory,logging,trace"
 
 
-class TritonServer:
+class TritonServer(Supervised):
     """One tritonserver with its stubs, on ports of its own. Use it as a context manager, or start() and stop().
 
     repository: the model repository. checkpoint, config, preset, speech, bridge: what the models read
@@ -63,14 +54,11 @@ class TritonServer:
         environment: Mapping[str, str] | None = None,
         grace_s: float = 10.0,
     ) -> None:
+        super().__init__({}, log_path, grace_s)
         self.repository = repository.resolve()
         self.host = host
         self.ports = ports or Ports.free()
-        self.log_path = log_path
         self._installation = installation or Installation.from_wheel()
-        self._grace_s = grace_s
-        self._supervisor: subprocess.Popen[bytes] | None = None
-        self._environment = dict(os.environ)
         given = {"CHECKPOINT": checkpoint, "CONFIG": config, "PRESET": preset, "SPEECH": speech, "BRIDGE": bridge}
         for name, value in given.items():
             if value is not None:
@@ -92,7 +80,7 @@ class TritonServer:
     @property
     def http_address(self) -> str:
         """host:port, as tritonclient.http takes it."""
-        return f"{self._reachable_host}:{self.ports.http}"
+        return f"{reachable(self.host)}:{self.ports.http}"
 
     @property
     def http_url(self) -> str:
@@ -101,11 +89,11 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """host:port, as tritonclient.grpc takes it."""
-        return f"{self._reachable_host}:{self.ports.grpc}"
+        return f"{reachable(self.host)}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._reachable_host}:{self.ports.metrics}/metrics"
+        return f"http://{reachable(self.host)}:{self.ports.metrics}/metrics"
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -126,22 +114,7 @@ class TritonServer:
         check_numpy()
         self.ports.check(self.host)
         remove_stale()
-        command = [sys.executable, "-m", "autoglm_launcher.supervisor", str(self._grace_s), *self.command()]
-        log = self.log_path.open("ab") if self.log_path else None
-        try:
-            self._log_start = log.tell() if log else 0
-            self._supervisor = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT if log else None,
-                start_new_session=True,
-            )
-        finally:
-            if log:
-                log.close()
+        super().start()
 
     def command(self) -> list[str]:
         """The tritonserver's command line; "{regions}" stands for the prefix that its supervisor gives."""
@@ -197,71 +170,21 @@ class TritonServer:
         finally:
             connection.close()
 
-    def is_alive(self) -> bool:
-        """Whether the tritonserver's supervisor runs; it ends with its server."""
-        return self._supervisor is not None and self._supervisor.poll() is None
-
-    def processes(self) -> list[ServerProcess]:
-        """The tritonserver, its stubs and what they started, as they run now."""
-        return server_processes(self._supervisor.pid) if self._supervisor else []
-
-    def stop(self, *, now: bool = False) -> None:
-        """End everything that was started; running requests get grace_s seconds, or none."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
-            return
-        try:
-            if now:
-                for process in server_processes(supervisor.pid):
-                    kill(process.pid)
-            supervisor.terminate()
-            supervisor.wait(self._grace_s + 5)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            # The supervisor does this too; here it is for the case that somebody killed the supervisor.
-            kill_group(supervisor.pid)
-            supervisor.wait()
-            if supervisor.stdin:
-                supervisor.stdin.close()
-            remove_regions(region_prefix(supervisor.pid))
-
-    def log_text(self) -> str:
-        """What the server has written since start(); empty when its output is not a file."""
-        if self.log_path is None or not self.log_path.exists():
-            return ""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode(errors="replace")
-
     def loaded_models(self) -> list[str]:
         return re.findall(r"successfully loaded '([^']+)'", self.log_text())
 
-    def explain(self) -> str:
-        """How the server ended, or the log's most telling line; and where to read the rest."""
-        code = self._supervisor.poll() if self._supervisor else None
-        where = f"log: {self.log_path}" if self.log_path else "see its output"
-        if code is not None and (code < 0 or code > 128):
-            return f"{signal.Signals(-code if code < 0 else code - 128).name} ended it ({where})"
-        return f"{_telling_line(self.log_text())} ({where})"
-
-    @property
-    def _reachable_host(self) -> str:
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+    def telling_line(self, log: str) -> str:
+        """A model's failure when there is one, else the last error, else the last line."""
+        failure = re.search(r"failed to load '([^']+)' version \d+: (.*)", log)
+        if failure:
+            # The log writes a line's end as \\n; a traceback begins with "At:", what went wrong stands before it.
+            reason = failure[2].split("At:")[0].replace("\\n", " ")
+            return f"model {failure[1]}: {reason.strip()[:400]}"
+        lines = [line for line in log.splitlines() if line.strip() and not NO_GPU.search(line)]
+        errors = [line for line in lines if re.match(r"E\d{4} |error: ", line)]
+        telling = (errors or lines or ["it wrote nothing"])[-1]
+        return re.sub(r"^E\d{4} \S+ +\d+ \S+\] ", "", telling).strip('" ')[:400]
 
     def _prepend(self, variable: str, directories: Sequence[str]) -> None:
         rest = [self._environment[variable]] if self._environment.get(variable) else []
         self._environment[variable] = os.pathsep.join([*directories, *rest])
-
-
-def _telling_line(log: str) -> str:
-    """A model's failure when there is one, else the last error, else the last line."""
-    failure = re.search(r"failed to load '([^']+)' version \d+: (.*)", log)
-    if failure:
-        # The log writes a line's end as \\n; a Python traceback begins with "At:", what went wrong stands before it.
-        reason = failure[2].split("At:")[0].replace("\\n", " ")
-        return f"model {failure[1]}: {reason.strip()[:400]}"
-    lines = [line for line in log.splitlines() if line.strip() and not NO_GPU.search(line)]
-    errors = [line for line in lines if re.match(r"E\d{4} |error: ", line)]
-    telling = (errors or lines or ["it wrote nothing"])[-1]
-    return re.sub(r"^E\d{4} \S+ +\d+ \S+\] ", "", telling).strip('" ')[:400]

@@ -1,6 +1,6 @@
 """One start: a process of its own, which `benchmarks.start` begins and whose last line of output is its stages.
 
-    python -m benchmarks.first_token --checkpoint DIR --setting int8 --began SECONDS_SINCE_1970
+python -m benchmarks.first_token --checkpoint DIR --setting int8 --began SECONDS_SINCE_1970
 """
 
 import argparse

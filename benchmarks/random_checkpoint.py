@@ -85,9 +85,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def random_weights(
-    text: TextConfig, vision: VisionConfig, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
+def random_weights(text: TextConfig, vision: VisionConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint by its published name, bfloat16, at a scale that keeps activations finite."""
     with torch.device("meta"):
         parts = {"model.visual.": VisionTransformer(vision), "model.language_model.": LanguageModel(text)}

@@ -2,8 +2,9 @@
 
     python -m benchmarks.screenshot --checkpoint DIR [--setting int8|bf16]
 
-Every image is another one (68x150 random pixels, enlarged), with a short text: 3 422 tokens in all. The image's header
-is read, the chat rendered, the file decoded and resized on the host, the ViT run, the prompt read.
+The setting is that of the weights of the language model and of the ViT's blocks. Every image is another one (68x150
+random pixels, enlarged), with a short text: 3 422 tokens in all. The image's header is read, the chat rendered, the
+file decoded and resized, the ViT run, the prompt read.
 screenshot-first-token is the time to the token of a request for one, screenshot-65 to the last token of a request for
 65, medians; screenshot-16 are 16 requests for 65 tokens that come at once, 16 / seconds until the last one is done. As
 many images as the encoder has threads are in work at a time, and the language model answers beside the ViT on the same
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from tokenizers import Tokenizer
@@ -32,7 +34,7 @@ from autoglm.vision.encoder import VisionEncoder
 from benchmarks import limits
 from benchmarks.engines import Prompt, Stream, open_engine, submit
 from benchmarks.report import Row, make_row, read_options, report
-from benchmarks.screens import SIZE, random_screen
+from benchmarks.screens import SIZE, random_screen, random_screens
 
 TEXT = "b" * 59
 TOKENS = 65
@@ -50,7 +52,8 @@ class Agent:
         self.limits = config.limits
         self.threads = config.vision.decode_threads
         self.engine = open_engine(checkpoint, setting, **changes)
-        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
+        vision = replace(config.vision, int8=setting == "int8")
+        self.encoder = VisionEncoder(checkpoint, vision, config.limits, device, dtype)
         tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
         context = min(config.engine.max_context, checkpoint.text.max_position_embeddings)
         self.renderer = ChatRenderer(checkpoint, tokenizer, config.limits, context, config.chat.content_format)
@@ -95,17 +98,18 @@ def measure(
     repeats: int = REPEATS,
 ) -> list[Row]:
     """The three rows, named after `tokens` and `at_once`."""
-    seeds = itertools.count()
+    rounds = max(1, repeats // 2)
+    screens = random_screens(1, 1 + at_once + 2 * repeats + at_once * rounds, size)
 
     def alone(max_tokens: int) -> float:
-        data = random_screen(next(seeds), size)
+        data = next(screens)
         began = time.perf_counter()
         stream = agent.ask(data, max_tokens)
         stream.wait()
         return stream.times[-1] - began
 
     def together() -> float:
-        files = [random_screen(next(seeds), size) for _ in range(at_once)]
+        files = list(itertools.islice(screens, at_once))
         began = time.perf_counter()
         with ThreadPoolExecutor(agent.threads) as threads:
             streams = list(threads.map(lambda data: agent.ask(data, tokens), files))
@@ -117,7 +121,7 @@ def measure(
     together()
     first = statistics.median(alone(1) for _ in range(repeats))
     whole = statistics.median(alone(tokens) for _ in range(repeats))
-    rate = at_once / statistics.median(together() for _ in range(max(1, repeats // 2)))
+    rate = at_once / statistics.median(together() for _ in range(rounds))
     prompt = agent.renderer.render(read_prompt(TEXT.encode(), [random_screen(0, size)], agent.limits))
     patches, length = math.prod(prompt.images[0].grid), len(prompt.token_ids)
     least = partial(floor_ms, agent.checkpoint, options, patches, length)
@@ -134,7 +138,7 @@ def floor_ms(
 ) -> float:
     """For `count` turns of `tokens` tokens: images and prompts one after another, then the steps of all together."""
     machine, setting, text = options.machine, options.setting, checkpoint.text
-    reading = limits.milliseconds(limits.encode(checkpoint.vision, patches), machine, "bf16")
+    reading = limits.milliseconds(limits.encode(checkpoint.vision, patches, setting), machine, setting)
     reading += limits.milliseconds(limits.prefill(text, setting, [length]), machine, setting)
     step = limits.decode_step(text, setting, count, length + tokens / 2)
     return count * reading + (tokens - 1) * limits.milliseconds(step, machine, setting)

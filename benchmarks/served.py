@@ -21,11 +21,12 @@ from pathlib import Path
 from autoglm_client import Client, Usage
 
 from benchmarks.report import Row, make_row, read_server_options, report
-from benchmarks.screens import random_screen
+from benchmarks.screens import random_screens
 
 TOKENS = 65
 AT_ONCE = 16
 REPEATS = 5
+
 
 class Server:
     """Prompts that no request has had before, sent over connections that stay open."""
@@ -38,12 +39,13 @@ class Server:
         for client in self.clients:
             client.close()
 
-    def fresh(self, with_image: bool) -> tuple[str, list[bytes]]:
-        """A text and its images."""
-        number = next(self.numbers)
+    def fresh(self, with_image: bool, count: int) -> list[tuple[str, list[bytes]]]:
+        """Texts with their images."""
+        numbers = list(itertools.islice(self.numbers, count))
         if with_image:
-            return f"{number:03} {'b' * 55}", [random_screen(number)]
-        return f"{number:03} {'a' * 120}", []
+            screens = random_screens(numbers[0], count)
+            return [(f"{number:03} {'b' * 55}", [screen]) for number, screen in zip(numbers, screens, strict=True)]
+        return [(f"{number:03} {'a' * 120}", []) for number in numbers]
 
     def ask(self, client: Client, prompt: tuple[str, list[bytes]], max_tokens: int) -> tuple[float, Usage]:
         """Seconds of one request for exactly so many tokens, and the server's account of it."""
@@ -57,14 +59,15 @@ class Server:
 
     def alone(self, with_image: bool, max_tokens: int) -> tuple[float, dict[str, float]]:
         """Medians of milliseconds, as the client sees them, and by stage as the server does."""
-        runs = [self.ask(self.clients[0], self.fresh(with_image), max_tokens) for _ in range(REPEATS + 1)][1:]
+        prompts = self.fresh(with_image, REPEATS + 1)
+        runs = [self.ask(self.clients[0], prompt, max_tokens) for prompt in prompts][1:]
         stages = ("preprocess_ms", "vision_ms", "queue_ms", "prefill_ms", "prompt_tokens")
         also = {name.replace("_", " "): statistics.median(getattr(usage, name) for _, usage in runs) for name in stages}
         return statistics.median(seconds for seconds, _ in runs) * 1e3, also
 
     def together(self) -> float:
         """Seconds until so many screenshots that come at once are answered."""
-        prompts = [self.fresh(True) for _ in self.clients]
+        prompts = self.fresh(True, len(self.clients))
         began = time.perf_counter()
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(self.ask, self.clients, prompts, [TOKENS] * AT_ONCE))

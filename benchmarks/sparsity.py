@@ -59,7 +59,6 @@ class Measure:
         unread = round((1 - share) * self.visual)
         computed = self.length - unread if choice is not None and choice.mode == "prune" else self.length
         for batch in batches:
-            self.times(choice, batch)  # what happens once happens here
             measured = [self.times(choice, batch) for _ in range(self.repeats)]
             first, step = (statistics.median(times) for times in zip(*measured, strict=True))
             least = limits.milliseconds(limits.prefill(text, setting, [computed] * batch), options.machine, setting)
@@ -122,6 +121,8 @@ def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
     engine = open_engine(checkpoint, options.setting, KV_CACHE_MB, max_tokens_per_mixed_step=AT_ONCE)
     try:
         plain = Measure(engine, options)
+        for choice in (None, Sparsity("snap", RATIOS[0], DENSE_LAYERS), Sparsity("prune", RATIOS[0], DENSE_LAYERS)):
+            plain.times(choice, BATCHES[-1])  # what happens once happens here
         rows = list(plain.rows(None))
         for ratio in RATIOS:
             rows += plain.rows(Sparsity("snap", ratio, DENSE_LAYERS))
@@ -133,8 +134,10 @@ def measure(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
         checkpoint, options.setting, KV_CACHE_MB, sparse_attention=sparse, max_tokens_per_mixed_step=AT_ONCE
     )
     try:
+        paged = Measure(engine, options)
+        paged.times(Sparsity("pages", RATIOS[0], DENSE_LAYERS), BATCHES[-1])
         for ratio in RATIOS:
-            rows += Measure(engine, options).rows(Sparsity("pages", ratio, DENSE_LAYERS))
+            rows += paged.rows(Sparsity("pages", ratio, DENSE_LAYERS))
     finally:
         engine.close()
     return rows

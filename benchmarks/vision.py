@@ -8,7 +8,6 @@ device; png-to-embeddings-known: the same for a file that the feature cache know
 """
 
 import argparse
-import itertools
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, smart_resize
 from benchmarks import limits
 from benchmarks.report import Row, make_row, read_options, report
-from benchmarks.screens import SIZE, random_screen
+from benchmarks.screens import SIZE, random_screens
 
 REPEATS = 9
 
@@ -36,27 +35,25 @@ def measure(
     config = VisionSection(int8=options.setting == "int8", warm_up=(size,))
     encoder = VisionEncoder(checkpoint, config, LimitsConfig(), *choose_device(load_config().model))
     try:
-        seeds = itertools.count()
         grid = grid_of(smart_resize(size[1], size[0], checkpoint.image_limits), checkpoint.image_limits)
         count = math.prod(grid)
 
-        def fresh() -> ImageFile:
-            data = random_screen(next(seeds), size)
-            return ImageFile(data, grid, media_hash(data, grid), "image")
+        images = [
+            ImageFile(data, grid, media_hash(data, grid), "image") for data in random_screens(0, repeats + 2, size)
+        ]
 
         def encode(image: ImageFile) -> None:
             (features,) = encoder.encode([[image]])
             if isinstance(features, RequestError):
                 raise features
 
-        model = encoder.model
-        patches = torch.randn(count, model.patch_embed.proj.weight[0].numel(), device=encoder.device).to(encoder.dtype)
+        vit = encoder.vit
+        width = vit.model.patch_embed.proj.weight[0].numel()
+        patches = torch.randn(count, width, device=encoder.device).to(encoder.dtype)
         with torch.inference_mode():
-            alone = seconds(lambda: model(patches, [grid]), repeats)
-        images = [fresh() for _ in range(repeats + 1)]
+            alone = seconds(lambda: vit(patches, [grid]), repeats)
         cold = seconds(lambda: encode(images.pop()), repeats)
-        known = fresh()
-        warm = seconds(lambda: encode(known), 3 * repeats)
+        warm = seconds(lambda: encode(images[0]), 3 * repeats)
     finally:
         encoder.close()
     work = limits.encode(checkpoint.vision, count, options.setting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,14 @@ from typing import Any, Literal
 from aiohttp.abc import AbstractResolver
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from autoglm.config import Config
 from autoglm.errors import RequestError
 from gateway.answer import Answer, EventStream
 from gateway.content import Content, of_chat, of_prompt
+from gateway.document import describe
 from gateway.errors import ApiError, from_fault, from_validation
 from gateway.fetch import Fetcher
 from gateway.gate import Gate
@@ -25,10 +26,9 @@ from gateway.generation import Generation
 from gateway.health import Readiness
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from gateway.page import add_page
 from gateway.schema import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
 from gateway.triton import Ensemble
-
-STATIC = Path(__file__).parent / "static"
 
 
 class Gateway:
@@ -133,9 +133,8 @@ def create_app(
     app.get("/health")(gateway.health)
     app.get("/ready")(gateway.ready)
     app.get("/metrics")(gateway.show_metrics)
-    for file in STATIC.glob("*"):
-        path = "/" if file.name == "index.html" else f"/{file.name}"
-        app.get(path, include_in_schema=False)(_serve(file))
+    add_page(app)
+    describe(app, config, keys=keys is not None)
 
     def explain(_: Request, fault: Any) -> Response:
         if isinstance(fault, RequestValidationError):
@@ -147,7 +146,3 @@ def create_app(
     for kind in (ApiError, RequestError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, explain)
     return app
-
-
-def _serve(file: Path) -> Callable[[], FileResponse]:
-    return lambda: FileResponse(file)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from autoglm_client import RequestTimeout
 from autoglm_client.result import Response
 
 from gateway.content import Content
-from gateway.errors import from_fault
+from gateway.errors import ApiError, from_fault
 from gateway.metrics import Metrics
 from gateway.schema import Sampling
 from gateway.triton import Ensemble
@@ -48,6 +50,9 @@ class Generation:
                 choice, response = await arrived.get()
                 if response is None:
                     open_choices -= 1
+                elif isinstance(response, RequestTimeout) and (body.timeout or math.inf) <= self._longest:
+                    # The caller's own choice is no fault of the server.
+                    raise ApiError(408, f"{response} ({body.timeout:g} s)", "timeout", "timeout") from response
                 elif isinstance(response, Exception):
                     raise from_fault(response, content.names) from response
                 else:

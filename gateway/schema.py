@@ -5,9 +5,12 @@ What OpenAI's clients send and what means nothing here is accepted only where it
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from autoglm.messages import ROLES
+from autoglm.sampling import LEAST_SPARSE_RATIO, LOWEST_PRIORITY, MAX_STOPS, SparseMode
 
 MAX_CHOICES = 4
 
@@ -16,6 +19,18 @@ PARAMETERS = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "stop_token_ids", "ignore_eos", "priority", "max_pixels", "min_pixels", "sparse_mode", "sparse_ratio", "audio_mode",
 )  # fmt: skip
+
+
+def _told(**keywords: Any) -> Any:
+    """Keywords of JSON Schema for /openapi.json only: the server behind checks the values, and says what it refuses.
+    A test holds the two together."""
+    return Field(json_schema_extra=keywords)
+
+
+Count = Annotated[int, _told(minimum=1, maximum=2**31 - 1)]
+Penalty = Annotated[float, _told(minimum=-2, maximum=2)]
+Share = Annotated[float, _told(exclusiveMinimum=0, maximum=1)]
+Stop = Annotated[str, _told(minLength=1)]
 
 
 class Model(BaseModel):
@@ -28,12 +43,12 @@ class TextPart(Model):
 
 
 class ImageLink(Model):
-    """A data URL, a URL of an allowed host, or a file:// URL below the configured folder.
+    """A data URL, an http(s) URL of an allowed host, or a file:// URL below the configured folder.
 
     `detail` low would mean a smaller image, which `max_pixels` asks for in numbers.
     """
 
-    url: str
+    url: Annotated[str, _told(pattern="^(data:image/[a-z0-9.+-]+;base64,|https?://|file:///)")]
     detail: Literal["auto", "high"] | None = None
 
 
@@ -45,7 +60,7 @@ class ImagePart(Model):
 class Sound(Model):
     """A file in base64; it says its format itself, whatever `format` says."""
 
-    data: str
+    data: Annotated[str, _told(minLength=1, contentEncoding="base64")]
     format: str | None = None
 
 
@@ -64,7 +79,7 @@ def _kind_of_content(value: Any) -> str:
 class Message(Model):
     """One turn. The fields that are null come back with an answer that is sent again as history."""
 
-    role: str
+    role: Annotated[str, _told(enum=ROLES)]  # a checkpoint's template may know more, which are taken too
     content: Annotated[
         Annotated[str, Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
         Discriminator(_kind_of_content),
@@ -90,30 +105,32 @@ class Sampling(Model):
     """What both kinds of request have in common. Left out, the checkpoint's and the server's defaults hold."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, _told(minimum=0, maximum=10)] | None = None
+    top_p: Share | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Annotated[int, _told(minimum=0, maximum=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], _told(maxItems=MAX_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     # Beyond OpenAI's.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    top_k: Annotated[int, _told(minimum=0, maximum=2**31 - 1)] | None = None
+    min_p: Annotated[float, _told(minimum=0, maximum=1)] | None = None
+    repetition_penalty: Annotated[float, _told(exclusiveMinimum=0, maximum=10)] | None = None
+    stop_token_ids: list[Annotated[int, _told(minimum=0)]] | None = None
     ignore_eos: bool | None = None
-    priority: int | None = None
+    priority: (
+        Annotated[int, _told(minimum=0, maximum=LOWEST_PRIORITY, description="1 first; 0: the default")] | None
+    ) = None
     timeout: Annotated[float, Field(gt=0, le=86400, description="seconds for the whole answer")] | None = None
-    max_pixels: int | None = None
-    min_pixels: int | None = None
-    sparse_mode: str | None = None
-    sparse_ratio: float | None = None
-    audio_mode: str | None = None
+    max_pixels: Annotated[int, _told(minimum=1)] | None = None
+    min_pixels: Annotated[int, _told(minimum=1)] | None = None
+    sparse_mode: Annotated[str, _told(enum=get_args(SparseMode))] | None = None
+    sparse_ratio: Annotated[float, _told(minimum=LEAST_SPARSE_RATIO, maximum=1)] | None = None
+    audio_mode: Annotated[str, _told(enum=("transcript", "bridge"))] | None = None
 
     # Not honoured yet: only what asks for nothing.
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -149,7 +166,7 @@ class ChatRequest(Sampling):
     """/v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = None
 
     # Not honoured yet: only what asks for nothing.
     logprobs: Literal[False] | None = None

@@ -94,7 +94,9 @@ class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
             not notice.
         """
         results: list[Heard | RequestError] = []
-        for clips, found in zip(requests, self._encode(requests), strict=True):
+        features = dict(self._encode(requests))
+        for index, clips in enumerate(requests):
+            found = features[index]
             if isinstance(found, RequestError):
                 results.append(found)
                 continue

@@ -198,6 +198,19 @@ class Kernels(Protocol):
             that follow for `decode_attention`.
         """
 
+    def most_diverse(self, embeddings: torch.Tensor, count: int) -> torch.Tensor:
+        """Choose `count` rows so that the two that are most alike are as unlike as a greedy choice can make them.
+
+        By cosine, starting with the row whose nearest neighbour is farthest; of equals the first (Alvar et al. 2025,
+        "DivPrune"). It has room for n * n numbers in fp32.
+
+        Args:
+            embeddings: [n, hidden], n >= count >= 1.
+
+        Returns:
+            int64 [count], in ascending order.
+        """
+
     def prefill_attention(
         self,
         q: torch.Tensor,
@@ -269,6 +282,10 @@ class Kernels(Protocol):
         Returns:
             int32 [n].
         """
+
+    def unfilter(self, rows: torch.Tensor, channels: int) -> torch.Tensor:
+        """The pixels of a PNG of 8 bits a channel: its scanlines, uint8 [H, 1 + W * channels] with the filter (0-4) in
+        front of each -> uint8 [H, W, 3], of the first three channels."""
 
     def resample(self, pixels: torch.Tensor, taps: Taps, axis: int) -> torch.Tensor:
         """One side of an image resized: uint8 [H, W, 3] -> uint8, axis 0 (H) or 1 (W) as long as the taps say.

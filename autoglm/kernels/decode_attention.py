@@ -42,9 +42,7 @@ def load_tile(
 
 
 @triton.jit
-def attend(
-    q, k, k_scale, v, v_scale, inside, mixed, top, total, softmax_scale, SCALED: tl.constexpr
-):
+def attend(q, k, k_scale, v, v_scale, inside, mixed, top, total, softmax_scale, SCALED: tl.constexpr):
     """Take one tile of keys and values in: the running mixture [R, D], highest score [R] and sum of weights [R]."""
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * softmax_scale
     if SCALED:
@@ -66,9 +64,10 @@ def _decode_attention(
     split_stride, row_stride, axis_stride, table_rows, scale_stride, block_table_stride, list_stride, softmax_scale,
     S: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, LISTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, KV head, sequence)."""
+    """Program (split, KV head, sequence). LISTS: block tables and lengths are what the kernel in front writes."""
     pdl_launch(PDL)
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -80,6 +79,9 @@ def _decode_attention(
     out += (sequence * KV_HEADS + head) * GROUP * D
     out_at = out + rows[:, None] * D + columns[None, :]
 
+    if LISTS:
+        cos, sin = angles(table, positions + sequence, axis_stride, table_rows, HALF, FIRST, SECOND, D)
+        pdl_wait(PDL)
     length = tl.load(lengths + sequence)
     old = tl.maximum(length - 1, 0)  # the keys that earlier passes wrote
     tiles = tl.cdiv(old, BLOCK_N)
@@ -95,8 +97,9 @@ def _decode_attention(
     k, k_scale = load_tile(keys, key_scales, slots, first, end, head, scale_stride, KV_HEADS, D, SCALED)
     v, v_scale = load_tile(values, value_scales, slots, first, end, head, scale_stride, KV_HEADS, D, SCALED)
     slots = find_slots(block_table, first + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-    cos, sin = angles(table, positions + sequence, axis_stride, table_rows, HALF, FIRST, SECOND, D)
-    pdl_wait(PDL)
+    if not LISTS:
+        cos, sin = angles(table, positions + sequence, axis_stride, table_rows, HALF, FIRST, SECOND, D)
+        pdl_wait(PDL)
     if length == 0:
         tl.store(out_at, tl.zeros((ROWS, D), dtype), mask=real)
         return
@@ -188,8 +191,8 @@ def decode_attention(
     Nothing here waits for the GPU, and what is launched depends on shapes only, so it can be captured in a graph. One
     stream of a device at a time: the programs of a launch meet at counters that belong to the device. Positions, block
     table, lengths and the keys of earlier passes are read before the kernel in front has ended, so an ordinary launch
-    (not a programmatic dependent one) must stand behind whoever wrote them. For a table of chosen blocks this kernel is
-    one itself.
+    (not a programmatic dependent one) must stand behind whoever wrote them. A table of chosen blocks and its lengths
+    are waited for: the kernel in front may have written them.
 
     Args:
         qkv: [S, B, (heads + 2 * kv_heads) * head_dim], partial sums over S; head_dim a power of two.
@@ -225,8 +228,8 @@ def decode_attention(
         size**-0.5 * 1.4426950408889634,  # log2(e): the softmax is taken in base 2
         S=parts, GROUP=group, KV_HEADS=kv_heads, D=size, HALF=rotary.table.shape[2], FIRST=first, SECOND=first + second,
         BLOCK_SIZE=cache.block_size, SCALED=cache.key_scales is not None,
-        SPLITS=splits, ROWS=rows, BLOCK_N=block_n, TOGETHER=16 if few else 4,
-        PDL=PDL, launch_pdl=PDL and not chosen, num_warps=8 if few else 4,
+        SPLITS=splits, ROWS=rows, BLOCK_N=block_n, TOGETHER=16 if few else 4, LISTS=chosen,
+        PDL=PDL, launch_pdl=PDL, num_warps=8 if few else 4,
     )  # fmt: skip
     return out
 

@@ -4,6 +4,7 @@ import torch
 
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight, reference
 from autoglm.kernels.decode_attention import decode_attention
+from autoglm.kernels.diversity import most_diverse
 from autoglm.kernels.embed import embed
 from autoglm.kernels.gate import swiglu
 from autoglm.kernels.gemm import gemm
@@ -12,6 +13,7 @@ from autoglm.kernels.image import patchify, resample
 from autoglm.kernels.image_attention import image_attention, pack, rotate_heads
 from autoglm.kernels.norm import add_norm, quantize
 from autoglm.kernels.page_choice import choose_pages
+from autoglm.kernels.png import unfilter
 from autoglm.kernels.prefill_attention import prefill_attention
 from autoglm.kernels.rotary import store_keys
 from autoglm.kernels.sampling import read_seats, sample
@@ -27,6 +29,7 @@ __all__ = [
     "gate_up",
     "image_attention",
     "linear",
+    "most_diverse",
     "pack",
     "patchify",
     "prefill_attention",
@@ -37,6 +40,7 @@ __all__ = [
     "rotate_heads",
     "sample",
     "store_keys",
+    "unfilter",
 ]
 
 ALIGNMENT = 16  # bytes: what the copy engines want rows to begin at

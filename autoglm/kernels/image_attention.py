@@ -45,7 +45,7 @@ def _tiles(images: tuple[tuple[int, int], ...], device: torch.device) -> torch.T
     table = [
         (first, start, start + length) for start, length in images for first in range(start, start + length, QUERIES)
     ]
-    return torch.tensor(table, dtype=torch.int32).to(device)
+    return torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)  # must not wait for the pass in front
 
 
 def image_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -33,9 +33,7 @@ def quantize(x: torch.Tensor) -> Activation:
     rows, size = x.shape
     values, scales = _rows(x, True)
     block = triton.next_power_of_2(size)
-    _quantize[(rows,)](
-        x, values, scales, size, block, PDL=PDL, num_warps=min(16, max(1, block // 512)), launch_pdl=PDL
-    )
+    _quantize[(rows,)](x, values, scales, size, block, PDL=PDL, num_warps=min(16, max(1, block // 512)), launch_pdl=PDL)
     return Activation(values, scales)
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight
 from autoglm.kernels.reference_attention import decode_attention, prefill_attention, store_keys
 from autoglm.kernels.reference_sampling import read_seats, sample
-from autoglm.kernels.reference_sparse import choose_pages
-from autoglm.kernels.reference_vision import image_attention, pack, patchify, resample, rotate_heads
+from autoglm.kernels.reference_sparse import choose_pages, most_diverse
+from autoglm.kernels.reference_vision import image_attention, pack, patchify, resample, rotate_heads, unfilter
 from autoglm.quantization.int8 import Int8Weight
 from autoglm.quantization.linear import ForeignLinear
 
@@ -22,6 +22,7 @@ __all__ = [
     "gate_up",
     "image_attention",
     "linear",
+    "most_diverse",
     "pack",
     "patchify",
     "prefill_attention",
@@ -32,6 +33,7 @@ __all__ = [
     "rotate_heads",
     "sample",
     "store_keys",
+    "unfilter",
 ]
 
 

@@ -1,9 +1,10 @@
 """Attention that keeps a part of the visual keys, in plain PyTorch.
 
-The exact choice, what `snap` measures, and the twin of the kernel that chooses blocks.
+The exact choice, what `snap` measures, and the twins of the kernels that choose blocks and tokens.
 """
 
 import torch
+import torch.nn.functional as F
 
 from autoglm.kernels import Rotary
 from autoglm.kernels.reference_attention import gather_angles, rotate
@@ -110,3 +111,26 @@ def choose_pages(
     table = block_table.unsqueeze(1).expand(-1, kv_heads, -1).gather(2, order)
     dropped = (candidate.sum(1) - kept[seats.long()]).clamp(min=0)
     return table, (lengths - dropped * block_size).to(torch.int32)
+
+
+def most_diverse(embeddings: torch.Tensor, count: int) -> torch.Tensor:
+    likeness, nearest = compare(embeddings)
+    chosen = torch.empty(count, dtype=torch.int64, device=embeddings.device)
+    for step in range(count):
+        row = nearest.argmin(0, keepdim=True)
+        chosen[step : step + 1] = row
+        found = likeness.index_select(0, row)[0]
+        nearest = torch.maximum(nearest, found) if step else found
+    return chosen.sort().values
+
+
+def compare(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much rows [n, hidden] are alike; of those that are no numbers each is like no other.
+
+    Returns:
+        The cosines between them, fp32 [n, n], infinite of each with itself; and each one's greatest with another, [n].
+    """
+    x = F.normalize(embeddings.float(), dim=-1).nan_to_num_()
+    likeness = (x @ x.T).fill_diagonal_(-1)
+    nearest = likeness.amax(1)
+    return likeness.fill_diagonal_(float("inf")), nearest

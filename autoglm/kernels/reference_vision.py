@@ -27,6 +27,24 @@ def patchify(pixels: torch.Tensor, levels: torch.Tensor, patch: int, merge: int,
     return values.expand(-1, -1, -1, -1, -1, frames, -1, -1).reshape(rows * columns * merge**2, -1)
 
 
+def unfilter(rows: torch.Tensor, channels: int) -> torch.Tensor:
+    height, width = rows.shape[0], (rows.shape[1] - 1) // channels
+    kinds = rows[:, :1].int()
+    filtered = rows[:, 1:].view(height, width, channels)[..., :3].int()
+    pixels = filtered.new_zeros(height + 1, width + 1, 3)  # with a row above and a column at the left of the image
+    for step in range(height + width - 1):
+        y = torch.arange(max(0, step - width + 1), min(height, step + 1), device=rows.device)
+        x = step - y
+        left, up, corner = pixels[y + 1, x], pixels[y, x + 1], pixels[y, x]
+        straight, across, both = (up - corner).abs(), (left - corner).abs(), (left + up - 2 * corner).abs()
+        paeth = torch.where(across <= both, up, corner)
+        paeth = torch.where((straight <= across) & (straight <= both), left, paeth)
+        guesses = torch.stack((torch.zeros_like(left), left, up, (left + up) >> 1, paeth))
+        guess = guesses.gather(0, kinds[y].expand_as(left).long()[None])[0]
+        pixels[y + 1, x + 1] = (filtered[y, x] + guess) & 255
+    return pixels[1:, 1:].to(torch.uint8)
+
+
 def pack(lengths: tuple[int, ...], device: torch.device) -> Packing:
     return Packing(lengths)
 

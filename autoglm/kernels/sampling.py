@@ -217,9 +217,7 @@ def _search(logits, top, min_p, lowest, limit, vocab, WEIGHTED: tl.constexpr, SE
 
 
 @triton.jit
-def _above(
-    logits, top, min_p, lowest, a, b, c, vocab, WEIGHTED: tl.constexpr, SEARCH: tl.constexpr
-):
+def _above(logits, top, min_p, lowest, a, b, c, vocab, WEIGHTED: tl.constexpr, SEARCH: tl.constexpr):
     """What lies above a, b and c: how many logits, or the weights of those that are kept so far."""
     over_a = tl.zeros((SEARCH,), tl.float32)
     over_b = tl.zeros((SEARCH,), tl.float32)

@@ -1,8 +1,8 @@
 """Continuous batching: one thread that takes requests in, runs forward passes and hands answers out.
 
-The thread owns everything below it (scheduler, pool, cache, model); other threads only put into its inbox. A pass is
-launched before the one ahead of it is collected, so that the device does not wait for the host; what a sequence is
-found to end with may thus be followed by one token too many, which is dropped.
+The thread owns everything below it (scheduler, pool, cache, model); other threads read the prompts that they submit,
+and put into its inbox. A pass is launched before the one ahead of it is collected, so that the device does not wait for
+the host; what a sequence is found to end with may thus be followed by one token too many, which is dropped.
 """
 
 import gc
@@ -18,12 +18,13 @@ import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import Config, EngineConfig, MemoryConfig, SparseAttentionConfig
+from autoglm.device import beside
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.prefill import largest_pass
-from autoglm.llm.prompt import read_prompt, with_transcripts
+from autoglm.llm.prompt import Prompt, read_prompt, with_transcripts
 from autoglm.llm.pruning import prune
 from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
@@ -105,7 +106,7 @@ class Engine:
             config.prefix_cache,
         )
         self.stats = EngineStats(blocks_total=blocks)
-        self._inbox: queue.SimpleQueue[Request | tuple[str, FinishReason] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence | tuple[str, FinishReason] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._closing = False
         self._captures = loading is None or not loading.foreign  # bitsandbytes looks at what it computes
@@ -124,7 +125,7 @@ class Engine:
         if self.runner.device.type == "cuda":
             if self._captures:
                 with self.memory.tag("graphs"):
-                    self.runner.capture(self.scheduler.max_tokens_per_mixed_step)
+                    self.runner.capture(self.scheduler.max_tokens_per_step, self.scheduler.max_tokens_per_mixed_step)
             with self.memory.tag("warm-up"):
                 self.warm_up()
         log.info("memory by stage\n%s\n%s", self.memory.table(), json.dumps(self.memory.report()))
@@ -140,12 +141,15 @@ class Engine:
             RuntimeError: one of them failed.
         """
         outputs: list[Output] = []
+        model = self.runner.model
+        model.kernels.most_diverse(model.embed(torch.zeros(1, dtype=torch.int64, device=self.runner.device)), 1)
         fresh = vars(self.stats).copy()
         longest = self.max_context - 4
         for number, length in enumerate(WARM_UP_PROMPTS):
             for token in (2 * number, 2 * number + 1):  # not to be found in the prefix cache
                 prompt = [token] * min(length, longest)
-                self._accept(Request("warm-up", prompt, SamplingParams(max_tokens=4, ignore_eos=True), outputs.append))
+                params = SamplingParams(max_tokens=4, ignore_eos=True)
+                self._accept(self._sequence(Request("warm-up", prompt, params, outputs.append)))
                 self.step()
             while self.busy:
                 self.step()
@@ -165,8 +169,17 @@ class Engine:
             self._thread.join()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; everything about it, refusals included, goes to its sink."""
-        self._inbox.put(request)
+        """Read a request's prompt and queue it; everything about it, refusals included, goes to its sink.
+
+        A prompt that cannot be read is refused in the caller's thread. Visual tokens are chosen there, too (`prune`),
+        which waits for the device, but for no pass. The embeddings must be there already.
+        """
+        try:
+            sequence = self._sequence(request)
+        except Exception as error:
+            self._refuse(request, error)
+        else:
+            self._inbox.put(sequence)
 
     def cancel(self, request_id: str, reason: Literal["cancelled", "timeout"] = "cancelled") -> None:
         """End the requests of this id, queued or running; unknown ids are ignored."""
@@ -190,8 +203,8 @@ class Engine:
             sequence.request.sink(Output(error=fault))
         while not self._closing:
             item = self._inbox.get()
-            if isinstance(item, Request):
-                item.sink(Output(error=fault))
+            if isinstance(item, Sequence):
+                item.request.sink(Output(error=fault))
             self._closing = item is None
 
     def _take_in(self) -> None:
@@ -205,22 +218,27 @@ class Engine:
             block = False
             if item is None:
                 self._closing = True
-            elif isinstance(item, Request):
+            elif isinstance(item, Sequence):
                 self._accept(item)
             else:
                 for sequence in [s for s in self.scheduler if s.request.request_id == item[0]]:
                     self._finish(sequence, item[1])
 
-    def _accept(self, request: Request) -> None:
+    def _accept(self, sequence: Sequence) -> None:
         try:
-            self.scheduler.add(self._sequence(request))
-        except RequestError as error:
-            request.sink(Output(error=error))
-        except Exception as error:  # whatever it brought, it is this request's alone
-            log.exception("a request could not be taken in")
-            request.sink(Output(error=RequestError(f"the request failed: {error}", ErrorCode.INTERNAL)))
+            self.scheduler.add(sequence)
+        except Exception as error:
+            self._refuse(sequence.request, error)
         else:
             self.stats.requests += 1
+
+    @staticmethod
+    def _refuse(request: Request, error: Exception) -> None:
+        """Whatever a request brought, it is its own fault."""
+        if not isinstance(error, RequestError):
+            log.error("a request could not be taken in", exc_info=error)
+            error = RequestError(f"the request failed: {error}", ErrorCode.INTERNAL)
+        request.sink(Output(error=error))
 
     def _sequence(self, request: Request) -> Sequence:
         request = with_transcripts(request, self.checkpoint.audio_token_id, self.vocabulary.encode)
@@ -230,11 +248,13 @@ class Engine:
         highest = max(request.token_ids)
         if highest >= self.checkpoint.text.vocab_size or min(request.token_ids) < 0:
             raise RequestError(f"prompt: token id {highest}; allowed: 0 to {self.checkpoint.text.vocab_size - 1}")
-        prompt = read_prompt(request, self.checkpoint)
         sparsity = Sparsity.choose(self.sparse_attention, request.sampling) if request.grids else None
-        if sparsity is not None:
-            prompt = replace(prompt, media=sparsity.name(prompt.media))
-            prompt = prune(prompt, sparsity) if sparsity.mode == "prune" else prompt
+        if request.embeddings is None and request.audio_embeddings is None:
+            prompt = self._prompt(request, sparsity)
+        else:
+            prompt = beside(self.runner.device, lambda: self._prompt(request, sparsity))
+        if prompt.embeddings is not None and prompt.embeddings.is_cuda:
+            prompt.embeddings.record_stream(torch.cuda.default_stream(self.runner.device))  # where passes read them
         request = replace(request, token_ids=prompt.token_ids, embeddings=prompt.embeddings, audio_embeddings=None)
         wanted = request.sampling.max_tokens or self.config.default_max_tokens
         return Sequence(
@@ -247,6 +267,14 @@ class Engine:
             min(wanted, self.max_context - length),
             sparsity,
         )
+
+    def _prompt(self, request: Request, sparsity: Sparsity | None) -> Prompt:
+        prompt = read_prompt(request, self.checkpoint)
+        if sparsity is None or prompt.embeddings is None:
+            return prompt
+        on_device = prompt.embeddings.to(self.runner.device)
+        prompt = replace(prompt, media=sparsity.name(prompt.media), embeddings=on_device)
+        return prune(prompt, sparsity, self.runner.model.kernels) if sparsity.mode == "prune" else prompt
 
     def _expire(self) -> None:
         now = time.monotonic()

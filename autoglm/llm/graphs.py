@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from autoglm.llm.batch import Shape
-from autoglm.llm.scheduler import MIXED_PROMPTS
+from autoglm.llm.scheduler import MIXED_PROMPTS, decode_room
 
-LARGEST = 1024  # tokens of prompts in a captured pass
+LARGEST = 1536  # rows of a captured pass with prompts
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,28 @@ def decode_sizes(largest: int) -> list[int]:
     return [*(size for size in steps if size < largest), largest]
 
 
-def chunk_shapes(most_singles: int, most_tokens: int) -> list[Shape]:
+def chunk_shapes(most_singles: int, most_tokens: int, most_mixed: int) -> list[Shape]:
     """Passes with prompts that have a graph: those so short that the host's launches would last longer than they.
 
-    Others decode beside a prompt only where more than one sequence may run.
+    Args:
+        most_tokens: of prompts alone.
+        most_mixed: rows of a pass in which others decode beside prompts, if more than one sequence may run.
     """
-    most_tokens = min(most_tokens, LARGEST)
-    steps = (64, 128, 192, 256, 384, 512, 768)
-    tokens = [*(size for size in steps if size < most_tokens), most_tokens]
-    singles = sorted({0, min(16, most_singles), most_singles} if most_singles > 1 else {0})
     chunks = min(MIXED_PROMPTS, most_singles)
-    return [Shape(rows, chunks, size) for size in tokens for rows in singles if rows == 0 or size in tokens[1::2]]
+    shapes = [Shape(0, chunks, size) for size in _sizes(most_tokens)]
+    if most_singles > 1:
+        rooms = {decode_room(1, most_singles), most_singles}
+        # The largest first: most passes beside others are as large as they may. In all they have as many rows as the
+        # sizes say, which are multiples of the products' tiles.
+        mixed = _sizes(most_mixed)[::-2]
+        shapes += [Shape(room, chunks, size - room) for size in mixed for room in rooms if size >= 2 * room]
+    return shapes
+
+
+def _sizes(most: int) -> list[int]:
+    most = min(most, LARGEST)
+    steps = (64, 128, 192, 256, 384, 512, 768, 1024, 1280)
+    return [*(size for size in steps if size < most), most]
 
 
 def capture(passes: Iterable[tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]]) -> list[Graph]:

@@ -55,9 +55,10 @@ class ModelRunner:
         self.mixed_graphs: dict[Shape, Graph] = {}
 
     @torch.inference_mode()
-    def capture(self, most_tokens: int) -> None:
-        """Capture passes that decode, and passes with up to so many tokens of prompts. Only on a CUDA device."""
-        shapes = sorted(chunk_shapes(self.max_batch_size, most_tokens), key=lambda s: s.tokens, reverse=True)
+    def capture(self, most_tokens: int, most_mixed: int) -> None:
+        """Capture passes that decode and passes with prompts, see `chunk_shapes`. Only on a CUDA device."""
+        shapes = chunk_shapes(self.max_batch_size, most_tokens, most_mixed)
+        shapes.sort(key=lambda s: s.tokens, reverse=True)
         sizes = sorted(decode_sizes(self.max_batch_size), reverse=True)
         mixed = capture((partial(self._mixed, shape), self._mixed_inputs(shape)) for shape in shapes)
         decode = capture((self._decode, (send([self._pad([], size)], self.device)[0],)) for size in sizes)

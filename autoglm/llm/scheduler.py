@@ -15,6 +15,7 @@ from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.sequence import Sequence
 
 MIXED_PROMPTS = 4  # in one pass with decoding sequences: such passes have room for no more (see `graphs`)
+FEW = 16  # decoding sequences
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Chunk:
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+def decode_room(count: int, most: int) -> int:
+    """For how many decoding sequences a pass with prompts makes room: one of two sizes, so that each has its graph."""
+    return min(FEW, most) if count <= FEW else most
 
 
 class Scheduler:
@@ -86,7 +92,10 @@ class Scheduler:
         """
         self._preempt_less_urgent()
         chunks = [self._extend(s, 1) for s in self.running if s.decodes and s.remaining]
-        budget = self.max_tokens_per_mixed_step if chunks else self.max_tokens_per_step
+        budget = self.max_tokens_per_step
+        if chunks:
+            budget = self.max_tokens_per_mixed_step
+            budget = max(budget - decode_room(len(chunks), self.max_batch_size), budget // 2, 1)
         prompts = [s for s in self.running if not s.decodes]
         most = len(chunks) + MIXED_PROMPTS if chunks else self.max_batch_size
         while budget and len(chunks) < most and (prompts or self._admit_next()):

@@ -73,7 +73,8 @@ class Request:
 
     `token_ids` has every image and clip expanded to its placeholders; `grids` and `digests` are one per image, in
     order; `embeddings` [image tokens, hidden] holds the images' rows one after another, and `audio_embeddings` those
-    of the bridged `clips`. `sink` is called by the engine's thread, in order, and must not block.
+    of the bridged `clips`. `sink` is called by the engine's thread, in order, and must not block; with a
+    refusal also by the thread that submits.
     """
 
     request_id: str

@@ -6,22 +6,27 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import LimitsConfig, VisionSection
+from autoglm.device import beside
 from autoglm.errors import RequestError
 from autoglm.feature_cache import FeatureCache
-from autoglm.media import ImageFile, decode_image, media_hash
+from autoglm.kernels import choose
+from autoglm.media import ImageFile, ImageInfo, decode_image, media_hash, read_image
 from autoglm.media_encoder import FEATURE_DTYPE, MediaEncoder
+from autoglm.vision.graphs import GraphedTransformer
 from autoglm.vision.image_processor import check_grid, device_patches, grid_of, patches, smart_resize
 from autoglm.vision.loading import cache_key, load
 from autoglm.vision.pixel_limits import server_limits
+from autoglm.vision.png import read_scanlines
 from autoglm.vision.vit import VisionTransformer
 from autoglm.weight_cache import WeightCache
 
@@ -30,6 +35,7 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 # Larger images are resized on the host. They would be uploaded from pinned memory, which torch never gives back.
 MAX_UPLOAD_PIXELS = 2**24
+MAX_SIDE = 2**14  # of a PNG that the GPU unfilters: it works along the rows of a band, one step for a pixel
 
 
 class _Decoded(NamedTuple):
@@ -70,7 +76,9 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
         self._int8 = config.int8
         self._weights = weights
         self._digest = cache_key(checkpoint, dtype, config.int8).digest
-        self._model: VisionTransformer | None = None
+        sizes = [smart_resize(height, width, self.image_limits) for width, height in config.warm_up]
+        self._captured = [grid_of(size, self.image_limits) for size in sizes] if device.type == "cuda" else []
+        self._vit: GraphedTransformer | None = None
         self._loading = threading.Lock()
         if config.loading == "preload":
             self._warm_up(config.warm_up)  # while nothing is kept
@@ -78,25 +86,38 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
 
     @property
     def model(self) -> VisionTransformer:
-        """The ViT. Its weights are read when it is first asked for; who asks meanwhile waits."""
+        """The ViT; it is loaded when it is first asked for."""
+        return self.vit.model
+
+    @property
+    def vit(self) -> GraphedTransformer:
+        """The ViT. Its weights are read and its passes captured when it is first asked for; who asks meanwhile
+        waits."""
         with self._loading:
-            if self._model is None:
-                self._model = load(self.checkpoint, self.device, self.dtype, self._int8, self._weights)
-            return self._model
+            if self._vit is None:
+                vit = GraphedTransformer(load(self.checkpoint, self.device, self.dtype, self._int8, self._weights))
+                vit.capture(self._captured)
+                self._vit = vit
+            return self._vit
 
     def encode(self, requests: Sequence[Sequence[ImageFile]]) -> list[torch.Tensor | RequestError]:
-        """Embed the images of several requests together.
+        """What `encode_each` gives, in the order of the requests."""
+        results = dict(self.encode_each(requests))
+        return [results[index] for index in range(len(requests))]
 
-        Returns:
-            For each request its images' embeddings one after another, bfloat16 [tokens, hidden_size] on the device,
+    def encode_each(self, requests: Sequence[Sequence[ImageFile]]) -> Iterator[tuple[int, torch.Tensor | RequestError]]:
+        """Embed the images of several requests together; whose images are embedded need not wait for the others'.
+
+        Yields:
+            Which request, and its images' embeddings one after another, bfloat16 [tokens, hidden_size] on the device,
             in memory of their own; or the error of its first image that cannot be used, which other requests do not
             notice.
         """
         size = self.checkpoint.text.hidden_size
-        found = self._encode(requests)
-        results = [part if isinstance(part, RequestError) else self._join(part, size) for part in found]
-        self._finish()
-        return results
+        for index, found in self._encode(requests):
+            result = found if isinstance(found, RequestError) else self._join(found, size)
+            self._finish()
+            yield index, result
 
     def _key(self, file: ImageFile) -> str:
         return f"{self._digest}/{file.hash}"
@@ -106,13 +127,29 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
 
     def _read(self, file: ImageFile) -> _Decoded:
         check_grid(file.grid, self.image_limits, "")  # who calls this model by itself may say any
-        pixels = decode_image(file.data, self.limits, "")
         limits = self.image_limits
         size = file.grid[1] * limits.patch_size, file.grid[2] * limits.patch_size
-        if not self._device_resizes or pixels.width * pixels.height > MAX_UPLOAD_PIXELS:
+        info = read_image(file.data, self.limits, "")
+        if not self._device_resizes or info.width * info.height > MAX_UPLOAD_PIXELS:
+            pixels = decode_image(file.data, self.limits, "")
             return _Decoded(self._key(file), file.grid, torch.from_numpy(patches(pixels, size, limits)))
-        uploaded = torch.from_numpy(np.array(pixels)).pin_memory().to(self.device, non_blocking=True)
-        return _Decoded(self._key(file), file.grid, device_patches(uploaded, size, limits, self.dtype))
+        result = beside(self.device, lambda: device_patches(self._upload(file, info), size, limits, self.dtype))
+        return _Decoded(self._key(file), file.grid, result)
+
+    def _upload(self, file: ImageFile, info: ImageInfo) -> torch.Tensor:
+        """An image's pixels, uint8 [H, W, 3] on the device."""
+        lines = None
+        if info.format == "PNG" and info.orientation == 1 and max(info.width, info.height) <= MAX_SIDE:
+            lines = read_scanlines(file.data)
+        if lines is None:
+            return self._copy(np.array(decode_image(file.data, self.limits, "")))
+        return choose(self.device).unfilter(self._copy(lines.rows), lines.channels)
+
+    def _copy(self, array: NDArray[np.uint8]) -> torch.Tensor:
+        """To the device, from pinned memory: this thread need not hold Python's lock meanwhile."""
+        pinned = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.copyto(pinned.numpy(), array)
+        return pinned.to(self.device, non_blocking=True)
 
     def _fits(self, group: Sequence[_Decoded], another: _Decoded) -> bool:
         return sum(image.patches.shape[0] for image in (*group, another)) <= self.max_patches
@@ -120,14 +157,20 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
     @torch.inference_mode()
     def _features(self, group: list[_Decoded]) -> list[torch.Tensor]:
         """The features of each image, each in a storage of its own."""
+        for image in group:
+            if image.patches.is_cuda:
+                image.patches.record_stream(torch.cuda.current_stream(self.device))
         packed = torch.cat([image.patches.to(self.device, self.dtype) for image in group])
-        features = self.model(packed, [image.grid for image in group]).to(FEATURE_DTYPE)
+        features = self.vit(packed, [image.grid for image in group]).to(FEATURE_DTYPE)
+        if len(group) == 1:
+            return [features]
         merged = self.checkpoint.vision.spatial_merge_size**2
-        return [part.clone() for part in features.split([image.patches.shape[0] // merged for image in group])]
+        lengths = [image.patches.shape[0] // merged for image in group]
+        return [part.clone() for part in features.split_with_sizes(lengths)]
 
     def _warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Read the weights; on a GPU also encode images of these sizes (width, height), so that no request pays for
-        what happens once.
+        """Read the weights; on a GPU also encode images of these sizes (width, height), from their files on, so that
+        no request pays for what happens once.
 
         Raises:
             RuntimeError: one of them failed.

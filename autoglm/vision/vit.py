@@ -4,8 +4,11 @@ What is computed where is the business of `Kernels`. Module names follow the che
 gate and up, which are one product here.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +21,37 @@ from autoglm.quantization.linear import Int8Linear
 from autoglm.weights import load_parameters, read_weights
 
 Grid = tuple[int, int, int]
+Shape = tuple[int, int]  # rows and columns of patches
+Positions = tuple[torch.Tensor, torch.Tensor]  # embeddings [n, C] and rotary angles, fp32 [2, n, head_dim / 2]
 
 KEPT_SHAPES = 4  # whose positions stay on the device: 50 MB for a screenshot of 1080x2400
+CHANNELS = 32  # of the position table that are read together
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What follows from the shapes of a pass's images, one behind another.
+
+    positions: embeddings [N, C].
+    angles: cosines and sines of the rotary embedding, fp32 [2, N, head_dim / 2].
+    """
+
+    positions: torch.Tensor
+    angles: torch.Tensor
+    packing: Packing
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the patches of images stand, in the order in which they are packed: merge block by merge block.
+
+    All int64 [N]: a patch's row and column, and the height and width of its image.
+    """
+
+    rows: torch.Tensor
+    cols: torch.Tensor
+    heights: torch.Tensor
+    widths: torch.Tensor
 
 
 class SwiGLU(nn.Module):
@@ -102,13 +134,16 @@ class PositionEmbedding(nn.Module):
         self.side = config.image_size // config.patch_size
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
-    def forward(self, rows: torch.Tensor, cols: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """rows, cols [n] of the patches of one image of height x width patches -> [n, C]."""
+    def forward(self, places: Places) -> torch.Tensor:
+        """[N, C]. The table is read in groups of channels: a GPU's thread takes a place's channels one by one."""
         weight = self.position_embedding.weight
-        table = weight.float().view(1, self.side, self.side, -1).permute(0, 3, 1, 2)
-        places = torch.stack(((cols + 0.5) / width, (rows + 0.5) / height), dim=-1) * 2 - 1
-        read = F.grid_sample(table, places[None, :, None], "bicubic", padding_mode="border", align_corners=False)
-        return read[0, :, :, 0].T.to(weight.dtype)
+        size = weight.shape[1]
+        group = math.gcd(size, CHANNELS)
+        table = weight.float().view(self.side, self.side, size // group, group).permute(2, 3, 0, 1)
+        across, down = (places.cols + 0.5) / places.widths, (places.rows + 0.5) / places.heights
+        points = (torch.stack((across, down), dim=-1) * 2 - 1).expand(len(table), 1, -1, 2)
+        read = F.grid_sample(table, points, "bicubic", padding_mode="border", align_corners=False)
+        return read.view(size, -1).T.to(weight.dtype).contiguous()
 
 
 class Merger(nn.Module):
@@ -142,7 +177,7 @@ class VisionTransformer(nn.Module):
         merge = config.spatial_merge_size
         self.downsample = nn.Conv2d(config.hidden_size, config.out_hidden_size, merge, stride=merge)
         self.merger = Merger(config)
-        self._shapes: OrderedDict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Shape, Positions] = OrderedDict()
 
     @classmethod
     def load(
@@ -181,16 +216,24 @@ class VisionTransformer(nn.Module):
         Returns:
             [N / merge^2, out_hidden_size], images one after another, rows of merge blocks.
         """
+        return self.embed(patches, self.lay_out(grids))
+
+    def lay_out(self, grids: Sequence[Grid]) -> Layout:
+        """What `embed` needs to know of images of these grids; it may be used for any number of passes."""
+        shapes = [(height, width) for _, height, width in grids]
+        positions, angles = self._positions(shapes)
+        packing = self.kernels.pack(tuple(height * width for height, width in shapes), positions.device)
+        return Layout(positions, angles, packing)
+
+    def embed(self, patches: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """See `forward`. Only launches kernels, so that it can be captured in a CUDA graph."""
         kernels = self.kernels
-        shapes = [self._shape(height, width, patches.device) for _, height, width in grids]
-        angles = torch.cat([angles for _, angles in shapes], dim=1)
-        packing = kernels.pack(tuple(height * width for _, height, width in grids), patches.device)
         norm = self.post_conv_layernorm
         x, _ = kernels.add_norm(None, self.patch_embed(patches), None, norm.weight, norm.eps, False)
-        residual = x.values + torch.cat([positions for positions, _ in shapes])
+        residual = x.values + layout.positions
         branch = None
         for block in self.blocks:
-            branch, residual = block(branch, residual, angles, packing, kernels)
+            branch, residual = block(branch, residual, layout.angles, layout.packing, kernels)
         norm = self.post_layernorm
         last, _ = kernels.add_norm(branch, residual, None, norm.weight, norm.eps, False)
         group = self.config.spatial_merge_size**2
@@ -199,20 +242,37 @@ class VisionTransformer(nn.Module):
         merged = F.linear(places, self.downsample.weight.flatten(1), self.downsample.bias)
         return self.merger(merged, kernels)  # type: ignore[no-any-return]
 
-    def _shape(self, height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position embeddings [n, C] and rotary angles of an image; while weights rest, those of the last few shapes
-        are kept."""
-        weight = self.embeddings.position_embedding.weight
-        found = None if weight.requires_grad else self._shapes.pop((height, width), None)
-        if found is None:
-            rows, cols = block_order(height, width, self.config.spatial_merge_size, device)
-            angles = rotary_angles(rows, cols, self.config.head_dim, self.config.rope_theta)
-            found = self.embeddings(rows, cols, height, width), angles
-        if not weight.requires_grad:
-            self._shapes[height, width] = found
-            if len(self._shapes) > KEPT_SHAPES:
-                self._shapes.popitem(last=False)
-        return found
+    def _positions(self, shapes: Sequence[Shape]) -> Positions:
+        """Of images of these shapes, one behind another; those of shapes that are not kept are computed together.
+
+        While weights rest, those of the last few shapes are kept.
+        """
+        learns = self.embeddings.position_embedding.weight.requires_grad
+        distinct = list(dict.fromkeys(shapes))
+        found = {} if learns else {shape: kept for shape in distinct if (kept := self._kept.get(shape)) is not None}
+        new = [shape for shape in distinct if shape not in found]
+        if new:
+            found.update(zip(new, self._compute_positions(new), strict=True))
+        if not learns:
+            for shape in distinct[-KEPT_SHAPES:]:
+                self._kept.pop(shape, None)
+                # A part of what was computed together would hold the memory of all of it.
+                positions, angles = found[shape]
+                self._kept[shape] = (positions.clone(), angles.clone()) if len(new) > 1 else (positions, angles)
+            while len(self._kept) > KEPT_SHAPES:
+                self._kept.popitem(last=False)
+        if len(shapes) == 1:
+            return found[shapes[0]]
+        parts = [found[shape] for shape in shapes]
+        return torch.cat([positions for positions, _ in parts]), torch.cat([angles for _, angles in parts], dim=1)
+
+    def _compute_positions(self, shapes: Sequence[Shape]) -> Iterator[Positions]:
+        """Of one image of each shape, parts of the same memory."""
+        places = block_order(shapes, self.config.spatial_merge_size, self.embeddings.position_embedding.weight.device)
+        angles = rotary_angles(places.rows, places.cols, self.config.head_dim, self.config.rope_theta)
+        lengths = [height * width for height, width in shapes]
+        positions = self.embeddings(places).split_with_sizes(lengths)
+        return zip(positions, angles.split_with_sizes(lengths, dim=1), strict=True)
 
 
 def hold_int8(model: VisionTransformer) -> None:
@@ -242,11 +302,19 @@ def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tens
         yield name, tensor
 
 
-def block_order(height: int, width: int, merge: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each patch in the order in which they are packed: merge block by merge block. Two [h * w]."""
-    places = torch.arange(height * width, device=device).view(height // merge, merge, width // merge, merge)
-    places = places.permute(0, 2, 1, 3).flatten()
-    return places // width, places % width
+def block_order(shapes: Sequence[Shape], merge: int, device: torch.device) -> Places:
+    """The places of all patches of images of these shapes, one image behind another."""
+    starts = accumulate((height * width for height, width in shapes), initial=0)
+    table = [(height, width, start) for (height, width), start in zip(shapes, starts, strict=False)]
+    images = torch.tensor(table).to(device, non_blocking=True)  # must not wait for the pass in front
+    total = sum(height * width for height, width in shapes)
+    each = images.repeat_interleave(images[:, 0] * images[:, 1], dim=0, output_size=total)
+    heights, widths, begins = each.unbind(1)
+    places = torch.arange(total, device=device) - begins
+    block, inside = places // merge**2, places % merge**2
+    across = widths // merge
+    rows, cols = block // across * merge + inside // merge, block % across * merge + inside % merge
+    return Places(rows, cols, heights, widths)
 
 
 def rotary_angles(rows: torch.Tensor, cols: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:

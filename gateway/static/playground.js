@@ -168,6 +168,7 @@ async function stream(step, request, signal) {
     for await (const chunk of chat(request, settings.key.value, signal)) {
       const [choice] = chunk.choices ?? [];
       usage = chunk.usage ?? usage;
+      if (chunk.transcripts) step.hear(chunk.transcripts);
       reason = choice?.finish_reason ?? reason;
       if (!choice?.delta?.content) continue;
       first ??= performance.now() - begun;

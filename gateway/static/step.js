@@ -57,6 +57,12 @@ export class Step {
     this.node.prepend(this.button);
   }
 
+  /** Shows what the server heard in the step's sound. */
+  hear(transcripts) {
+    const text = say("heard", { text: transcripts.join(" ") });
+    this.thought.before(build("p", { className: "heard", textContent: text }));
+  }
+
   /** Takes a piece of the answer in, and shows as much of the thought as is certain. */
   add(piece) {
     this.answer += piece;
@@ -101,10 +107,10 @@ export class Step {
     const figures = [];
     if (first !== null) figures.push([`${rounded(first)} ms`, say("first")]);
     figures.push([`${rounded(total)} ms`, say("total")]);
-    const span = usage?.decode_ms || total - first; // the server's own time, where known: pieces may arrive in bursts
+    const span = usage?.timings?.decode_ms || total - first; // the server's own time, where known: pieces may arrive in bursts
     if (tokens > 1 && span > 0) figures.push([Math.round(((tokens - 1) * 1000) / span), say("speed")]);
     if (usage) {
-      const cached = usage.prompt_tokens_details?.cached_tokens ?? usage.cached_tokens;
+      const cached = usage.prompt_tokens_details?.cached_tokens;
       figures.push([usage.prompt_tokens, cached ? `${say("input")} (${say("cached", { n: cached })})` : say("input")]);
       figures.push([tokens, say("output")]);
     }
@@ -112,7 +118,7 @@ export class Step {
     const raw = build("details", { className: "raw" }, build("summary", { textContent: say("raw") }));
     raw.append(build("pre", { textContent: this.answer }));
     const list = build("ul", { className: "figures" }, ...items);
-    this.node.append(build("div", { className: "measures" }, list, ...stages(usage ?? {}), raw));
+    this.node.append(build("div", { className: "measures" }, list, ...stages(usage?.timings ?? {}), raw));
   }
 
   /** The line under the screenshot: where a place lies in pixels. */
@@ -123,9 +129,9 @@ export class Step {
   }
 }
 
-/** The server's milliseconds by stage (usage.<stage>_ms), where there are any to see: a bar and its legend. */
-function stages(usage) {
-  const times = STAGES.map((name) => [name, usage[`${name}_ms`]]).filter(([, time]) => time >= 0.5);
+/** The server's milliseconds by stage (usage.timings), where there are any to see: a bar and its legend. */
+function stages(timings) {
+  const times = STAGES.map((name) => [name, timings[`${name}_ms`]]).filter(([, time]) => time >= 0.5);
   if (!times.length) return [];
   const bar = build("div", { className: "stages" });
   bar.setAttribute("aria-hidden", "true");

@@ -33,6 +33,7 @@ const STRINGS = {
   step: ["Step {n}", "第 {n} 步"],
   showStep: ["Show step {n}", "查看第 {n} 步"],
   speech: ["Speech, {n} s", "语音 {n} 秒"],
+  heard: ["Heard: “{text}”", "听到：“{text}”"],
   thinking: ["Thinking", "思考中"],
   recording: ["Recording", "录音中"],
   stopped: ["Stopped", "已停止"],

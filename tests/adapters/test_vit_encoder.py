@@ -48,6 +48,13 @@ def make_request(plain: Pair, files: list[bytes], sizes: list[tuple[int, int]], 
     )
 
 
+def answer(model: Any, requests: list[InferenceRequest]) -> list[Any]:
+    """The responses, each sent once, in the order of the requests."""
+    assert model.execute(requests) is None
+    assert all(request.sender.finished.is_set() for request in requests)
+    return [response for request in requests for (response,) in [request.sender.responses]]
+
+
 def embeddings(response: Any) -> torch.Tensor:
     assert not response.has_error()
     return from_dlpack(response["IMAGE_EMBEDDINGS"].to_dlpack())
@@ -62,7 +69,7 @@ def test_batch(model: Any, plain: Pair) -> None:
         make_request(plain, [], []),
         make_request(plain, files[2:], SIZES[2:]),
     ]
-    responses = model.execute(requests)
+    responses = answer(model, requests)
     limits = plain.checkpoint.image_limits
     vit = VisionTransformer.load(plain.checkpoint, torch.device("cpu"), torch.float32)
     expected = []
@@ -80,10 +87,10 @@ def test_batch(model: Any, plain: Pair) -> None:
 
 def test_small_passes_give_the_same(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [encode(picture(*size)) for size in SIZES]
-    whole = embeddings(model.execute([make_request(plain, files, SIZES)])[0])
+    whole = embeddings(answer(model, [make_request(plain, files, SIZES)])[0])
     monkeypatch.setattr(model.encoder, "max_patches", 1)
     monkeypatch.setattr(model.encoder, "cache", FeatureCache(torch.device("cpu"), 0))
-    assert torch.equal(embeddings(model.execute([make_request(plain, files, SIZES)])[0]), whole)
+    assert torch.equal(embeddings(answer(model, [make_request(plain, files, SIZES)])[0]), whole)
 
 
 def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
@@ -95,7 +102,7 @@ def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
         make_request(plain, [good], SIZES[:1]),
     ]
     requests[3].inputs()[1] = Tensor("IMAGE_GRIDS", np.ones((1, 2, 3), np.int32))
-    responses = model.execute(requests)
+    responses = answer(model, requests)
     assert embeddings(responses[0]).shape[1] > 0
     assert responses[1].error().message().startswith("INVALID_ARGUMENT: IMAGES[1]")
     assert responses[2].error().message().startswith("CANCELLED")
@@ -107,7 +114,7 @@ def test_a_failing_pass_is_answered(model: Any, plain: Pair, monkeypatch: pytest
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model.encoder, "_features", fail)
-    response = model.execute([make_request(plain, [encode(picture(*SIZES[0], seed=99))], SIZES[:1])])[0]
+    response = answer(model, [make_request(plain, [encode(picture(*SIZES[0], seed=99))], SIZES[:1])])[0]
     assert response.error().message() == "INTERNAL: IMAGES[0]: the vision encoder failed: out of memory"
 
 
@@ -115,8 +122,8 @@ def test_metrics_of_the_cache(model: Any, plain: Pair) -> None:
     """The same image twice in one request and once more in the next: encoded once."""
     before = dict(vars(model.encoder.cache.stats))
     file = encode(picture(*SIZES[0], seed=100))
-    twice = embeddings(model.execute([make_request(plain, [file, file], [SIZES[0]] * 2)])[0])
-    once = embeddings(model.execute([make_request(plain, [file], SIZES[:1])])[0])
+    twice = embeddings(answer(model, [make_request(plain, [file, file], [SIZES[0]] * 2)])[0])
+    once = embeddings(answer(model, [make_request(plain, [file], SIZES[:1])])[0])
     assert torch.equal(twice, torch.cat((once, once), dim=1))
     stats = model.encoder.cache.stats
     assert (stats.hits - before["hits"], stats.misses - before["misses"]) == (2, 1)

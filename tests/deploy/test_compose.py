@@ -70,7 +70,7 @@ def test_the_image_is_pinned_to_a_release(dockerfile: list[tuple[str, str]]) -> 
 
 
 def test_publishes_the_ports_the_launcher_uses(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
-    ports = [Ports.http, Ports.grpc, Ports.metrics]
+    ports = [Ports.http, Ports.grpc, Ports.metrics, arguments.parse([]).gateway_port]
     assert [default_of(port) for port in service["ports"]] == [f"127.0.0.1:{port}:{port}" for port in ports]
     assert only(dockerfile, "EXPOSE").split() == [str(port) for port in ports]
 
@@ -83,6 +83,7 @@ def test_the_entry_point_is_the_launcher(dockerfile: list[tuple[str, str]]) -> N
     assert parsed.host == "0.0.0.0"
     assert parsed.log is None
     assert parsed.ports == Ports()
+    assert parsed.gateway_port == 8080
     assert only(dockerfile, "WORKDIR") == WORKDIR
 
 
@@ -90,11 +91,12 @@ def test_the_health_check_sends_a_request(service: dict[str, Any], dockerfile: l
     options, _, command = only(dockerfile, "HEALTHCHECK").partition(" CMD ")
     check = service["healthcheck"]
     assert json.loads(command) == check["test"][1:]
-    assert check["test"] == ["CMD", f"{WORKDIR}/.venv/bin/python", "-m", "autoglm_launcher.probe"]
+    assert check["test"][:4] == ["CMD", f"{WORKDIR}/.venv/bin/python", "-m", "autoglm_launcher.probe"]
+    assert check["test"][4:] == ["--gateway", f"127.0.0.1:{arguments.parse([]).gateway_port}"]
     for name in ("interval", "timeout", "retries", "start_period"):
         assert f"--{name.replace('_', '-')}={check[name]}" in options.split()
-    # The probe gives up by itself and says why, before the engine ends it.
-    assert int(check["timeout"].removesuffix("s")) > 30
+    # The probe gives up by itself and says why, before the engine ends it: 30 s on the server, 15 on the gateway.
+    assert int(check["timeout"].removesuffix("s")) > 30 + 15
 
 
 def test_everything_that_is_copied_exists_and_reaches_the_build(dockerfile: list[tuple[str, str]]) -> None:
@@ -112,6 +114,7 @@ def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]
         "autoglm",
         "autoglm_launcher",
         "client",
+        "gateway",
         "model_repository",
         "presets",
         "autoglm-config.yaml",
@@ -123,9 +126,17 @@ def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]
     assert needed <= {source.removeprefix("./") for source in copied(dockerfile)}
 
 
+def test_the_packages_of_what_the_launcher_starts_are_installed(dockerfile: list[tuple[str, str]]) -> None:
+    (command,) = [line for name, line in dockerfile if name == "RUN" and "autoglm_launcher.environment" in line]
+    assert command.endswith("-m autoglm_launcher.environment --no-server gateway")
+
+
 def test_paths_of_volumes_and_environment_agree(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
     volumes = {volume["target"]: volume for volume in service["volumes"]}
     environment = dict(re.findall(r"(\w+)=(\S+)", only(dockerfile, "ENV")))
+    keys = volumes["/etc/autoglm/keys"]
+    assert service["environment"]["AUTOGLM_API_KEYS"] == f"${{AUTOGLM_API_KEYS:+{keys['target']}}}"
+    assert keys["read_only"] is True
     checkpoint = volumes[environment["AUTOGLM_CHECKPOINT"]]
     config = volumes[service["environment"]["AUTOGLM_CONFIG"]]
     cache = volumes[environment["XDG_CACHE_HOME"]]

@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def requirements() -> list[str]:
-    """What the image installs: the two projects' dependencies and PyTorch. Extras are not in it."""
+    """What the image installs: the two projects' dependencies, the gateway's, and PyTorch."""
     found = []
-    for name in ("pyproject.toml", "client/pyproject.toml"):
-        listed = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    lists = ("pyproject.toml", "dependencies"), ("client/pyproject.toml", "dependencies"), ("pyproject.toml", "gateway")
+    for name, key in lists:
+        listed = re.search(rf"^{key} = \[\n(.*?)^\]", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
         assert listed, name
         found += re.findall(r'^\s*"([^"]+)"', listed[1], re.MULTILINE)
     return sorted({*found, TORCH})
@@ -37,6 +38,7 @@ def pip(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_the_lists_are_found() -> None:
     assert "numpy>=1.26,<2" in requirements()
     assert any(name.startswith("tritonclient") for name in requirements())
+    assert any(name.startswith("fastapi") for name in requirements())
     assert "python3-venv" in apt_packages()
 
 

@@ -58,7 +58,7 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
         [
             {"role": "system", "content": "be brief"},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "打开设置"}]},
-            {"role": "assistant", "content": "<think>ok</think><answer>do(action=\"Back\")"},
+            {"role": "assistant", "content": '<think>ok</think><answer>do(action="Back")'},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "go on"}]},
         ]
     )
@@ -172,9 +172,7 @@ def test_shared_prefix_is_computed_once(server: TritonServer) -> None:
     assert first.usage["cached_tokens"] < 16
     assert same.usage["cached_tokens"] >= first.usage["image_tokens"] - 16
     assert another.usage["cached_tokens"] < 16
-    wait_until(
-        lambda: metric(server, "autoglm_prefix_cache_hit_tokens_total") - before >= same.usage["cached_tokens"]
-    )
+    wait_until(lambda: metric(server, "autoglm_prefix_cache_hit_tokens_total") - before >= same.usage["cached_tokens"])
 
 
 def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:

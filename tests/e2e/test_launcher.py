@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from autoglm_launcher import probe
-from autoglm_launcher.ports import Ports
+from autoglm_launcher.gateway import fault_of
+from autoglm_launcher.ports import free_ports
 from autoglm_launcher.probe import Sample
-from autoglm_launcher.processes import descendants, is_running, server_processes
+from autoglm_launcher.processes import command_line, descendants, is_running, server_processes
 from autoglm_launcher.server import ROOT, TritonServer
 from autoglm_launcher.watchdog import Watchdog
 
@@ -25,12 +28,13 @@ class Launcher:
     """A running `python -m autoglm_launcher`, its lines read from a file."""
 
     def __init__(self, checkpoint: Path, directory: Path, *options: str) -> None:
-        ports = Ports.free()
-        self.http_address = f"127.0.0.1:{ports.http}"
+        http, grpc, metrics, gateway = map(str, free_ports(4))
+        self.http_address = f"127.0.0.1:{http}"
+        self.gateway_address = f"127.0.0.1:{gateway}"
         self._output = directory / "output.txt"
         command = [sys.executable, "-m", "autoglm_launcher", "--checkpoint", str(checkpoint)]
-        command += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc)]
-        command += ["--metrics-port", str(ports.metrics), "--log", str(directory / "server.log"), *options]
+        command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--gateway-port", gateway]
+        command += ["--log", str(directory / "server.log"), *options]
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
@@ -47,6 +51,10 @@ class Launcher:
     def stub_of(self, model: str) -> int:
         found = [process for process in server_processes(self.process.pid) if process.instance.startswith(model)]
         return found[0].pid
+
+    def gateway(self) -> int:
+        (pid,) = [pid for pid in descendants(self.process.pid) if command_line(pid)[1:3] == ["-m", "gateway"]]
+        return pid
 
 
 @contextmanager
@@ -70,13 +78,57 @@ def test_once_prints_thought_and_action_and_leaves_nothing(demo_checkpoint: Path
         assert action.startswith(("action:  do(action=", "action:  finish("))
         assert started
         assert not [pid for pid in started if is_running(pid)]
+        assert not list(tmp_path.glob("gateway-*.log"))
+
+
+def answer_of(gateway: str) -> str:
+    """What the openai package gets, which asks again by itself when it is told 503."""
+    with OpenAI(base_url=f"http://{gateway}/v1", api_key="-", max_retries=60) as client:
+        chat: list[Any] = [{"role": "user", "content": "go back"}]
+        whole = client.chat.completions.create(model="autoglm-phone-9b", messages=chat, temperature=0)
+    return str(whole.choices[0].message.content)
+
+
+def test_a_gateway_that_dies_is_started_again_beside_the_server(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with launched(demo_checkpoint, tmp_path) as launcher:
+        launcher.wait_for("Ctrl-C stops it")
+        assert f"OpenAI   http://{launcher.gateway_address}/v1" in launcher.output
+        assert fault_of(launcher.gateway_address) is None
+        answer = answer_of(launcher.gateway_address)
+        assert "do(action=" in answer
+
+        first, server = launcher.gateway(), launcher.stub_of("autoglm_llm")
+        os.kill(first, signal.SIGKILL)
+        launcher.wait_for("the gateway ended: SIGKILL ended it")
+        assert probe.main(["--http", launcher.http_address]) == 0
+        launcher.wait_for("the gateway is started again")
+        assert answer_of(launcher.gateway_address) == answer
+        assert launcher.stub_of("autoglm_llm") == server
+
+        # The server's restart leaves the gateway as it is: it tells callers to ask again, and finds the new server.
+        second = launcher.gateway()
+        os.kill(server, signal.SIGKILL)
+        launcher.wait_for("restarting in 1 s")
+        assert fault_of(launcher.gateway_address, "/health") is None
+        assert answer_of(launcher.gateway_address) == answer
+        assert second == launcher.gateway() != first
+
+        started = descendants(launcher.process.pid)
+        begin = time.monotonic()
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.process.wait(30) == 128 + signal.SIGINT
+        assert time.monotonic() - begin < 10
+        assert not [pid for pid in started if is_running(pid)]
+        assert "Traceback" not in (tmp_path / f"gateway-{launcher.gateway_address.split(':')[1]}.log").read_text()
 
 
 def test_recovers_from_a_dead_stub_and_stops_when_told(
     demo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with launched(demo_checkpoint, tmp_path) as launcher:
+    with launched(demo_checkpoint, tmp_path, "--no-gateway") as launcher:
         launcher.wait_for("Ctrl-C stops it")
+        assert "OpenAI" not in launcher.output
+        assert "no answer" in (fault_of(launcher.gateway_address, "/health") or "")
         assert probe.main(["--http", launcher.http_address]) == 0
 
         os.kill(launcher.stub_of("autoglm_llm"), signal.SIGKILL)

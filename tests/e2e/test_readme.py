@@ -38,9 +38,7 @@ def test_command_line(server: TritonServer, tmp_path: Path) -> None:
     (shown,) = re.findall(r"^\$ (autoglm ask .*)\n((?:.+\n)*)```", README, re.MULTILINE)
     command = f"{shown[0]} --server {server.grpc_url}".replace("out.png", str(tmp_path / "out.png"))
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    ran = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out.png").is_file()
     printed = [line for line in shown[1].splitlines() if "ms" not in line]

@@ -5,14 +5,14 @@ import argparse
 import pytest
 
 from autoglm_launcher.server import TritonServer
-from benchmarks import served
+from benchmarks import screens, served
 from tests.images import encode, picture
 
 
 def test_rows(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("TOKENS", 3), ("AT_ONCE", 2), ("REPEATS", 1)):
         monkeypatch.setattr(served, name, value)
-    monkeypatch.setattr(served, "random_screen", lambda seed: encode(picture(84, 112, seed=seed)))
+    monkeypatch.setattr(screens, "random_screen", lambda seed, size: encode(picture(84, 112, seed=seed)))
     asked = served.Server(server.grpc_url)
     try:
         rows = {row.name: row for row in served.measure(asked, argparse.Namespace(machine="cpu", setting="bf16"))}

@@ -96,11 +96,19 @@ def test_callers_who_vanish_at_random_moments(server: TritonServer, gateway: str
 
 def test_the_time_of_a_request(http: httpx.Client) -> None:
     answer = http.post("/v1/chat/completions", json={**HELLO, "timeout": 0.3})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
     events = http.post("/v1/chat/completions", json={**HELLO, "stream": True, "timeout": 0.3}).text.split("\n\n")
     assert json.loads(events[0].removeprefix("data: "))["choices"]
     assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "timeout"
     assert events[-2:] == ["data: [DONE]", ""]
+
+
+def test_the_time_that_the_server_gives(server: TritonServer) -> None:
+    with serve(create_app(server.grpc_url, configured(timeout_s=1))) as url, httpx.Client(base_url=url) as client:
+        for options in ({}, {"timeout": 30}):
+            answer = client.post("/v1/chat/completions", json={**HELLO, **options}, timeout=10)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert_idle(server)
 
 
 def test_a_gateway_that_stops_ends_its_streams(server: TritonServer) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import re
+import subprocess
 from typing import Any
 
 import httpx
@@ -217,3 +218,12 @@ def test_the_example_of_the_readme(gateway: str, capsys: pytest.CaptureFixture[s
     assert "http://127.0.0.1:8080/v1" in example
     exec(example.replace("http://127.0.0.1:8080", gateway), {})
     assert "do(" in capsys.readouterr().out
+
+
+def test_the_command_of_the_readme(gateway: str) -> None:
+    (command,) = re.findall(
+        r"^\$ (curl .*127\.0\.0\.1:8080/v1/.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    command = command.replace("127.0.0.1:8080", gateway.removeprefix("http://"))
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "do(" in json.loads(ran.stdout)["choices"][0]["message"]["content"]

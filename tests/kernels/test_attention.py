@@ -46,9 +46,7 @@ def seed() -> None:
         ("9b", "one", 16, 2),
     ],
 )
-def test_decode_twin(
-    name: str, lengths: str, block_size: int, splits: int, stored: str, device: torch.device
-) -> None:
+def test_decode_twin(name: str, lengths: str, block_size: int, splits: int, stored: str, device: torch.device) -> None:
     shape, ends = SHAPES[name], LENGTHS[lengths]
     before = Paged.make(shape, ends, block_size, stored, device, written=[max(0, end - 1) for end in ends])
     check_decode(shape, before, ends, splits, stored, device)
@@ -64,9 +62,7 @@ def test_any_number_of_splits(most: int, device: torch.device, monkeypatch: pyte
     check_decode(SHAPES["plain"], before, ends, 1, "fp32", device)
 
 
-def check_decode(
-    shape: Heads, before: Paged, ends: list[int], splits: int, stored: str, device: torch.device
-) -> None:
+def check_decode(shape: Heads, before: Paged, ends: list[int], splits: int, stored: str, device: torch.device) -> None:
     dtype, rows = dtype_of(stored), len(ends)
     qkv, rotary = make_qkv(shape, rows + 2, splits, dtype, device), make_rotary(shape, device)
     qkv[:, rows:] = float("nan")  # the pass goes on behind its single tokens

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autoglm.checkpoint import VisionConfig
-from autoglm.kernels import Kernels, Packing, gpu, image, image_attention, reference
+from autoglm.kernels import Kernels, Packing, gpu, image, image_attention, png, reference
 from autoglm.kernels.gate import swiglu
 from autoglm.quantization.int8 import quantize_into
 from autoglm.quantization.linear import Int8Linear
@@ -107,3 +107,11 @@ def test_the_whole_encoder_equals_its_twin(int8: bool) -> None:
     wanted, found = exact(patches, grids), model(patches.bfloat16(), grids)
     assert found.dtype == torch.bfloat16
     assert (found.float() - wanted).norm() < (0.04 if int8 else 0.02) * wanted.norm()
+
+
+@pytest.mark.parametrize("height, width, channels", [(1, 1, 3), (70, 9, 4), (64, 130, 3), (130, 21, 3)])
+def test_unfilter_equals_its_twin(monkeypatch: pytest.MonkeyPatch, height: int, width: int, channels: int) -> None:
+    monkeypatch.setattr(png, "LANES", 64)  # several bands
+    rows = torch.randint(0, 256, (height, 1 + width * channels), device=DEVICE, dtype=torch.uint8)
+    rows[:, 0] = torch.randint(0, 5, (height,))
+    assert torch.equal(png.unfilter(rows, channels), reference.unfilter(rows, channels))

@@ -10,7 +10,7 @@ from autoglm_launcher import arguments, gpus
 from autoglm_launcher.arguments import ROOT, Options
 from autoglm_launcher.errors import LauncherError
 from autoglm_launcher.gpus import Gpu
-from autoglm_launcher.ports import Ports
+from autoglm_launcher.ports import free_ports as ports_that_are_free
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def free_ports() -> list[str]:
-    ports = Ports.free()
-    return ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
+    options = ("--http-port", "--grpc-port", "--metrics-port", "--gateway-port")
+    return [word for option, port in zip(options, ports_that_are_free(4), strict=True) for word in (option, str(port))]
 
 
 def parse(checkpoint: Path, *more: str) -> Options:
@@ -116,12 +116,27 @@ def test_ports_must_differ(checkpoint: Path) -> None:
         parse(checkpoint, "--http-port", "9000", "--grpc-port", "9000").check()
 
 
-def test_the_command_names_a_port_that_is_taken(checkpoint: Path, free_ports: list[str]) -> None:
+def test_a_gateway_has_a_port_unless_it_is_not_wanted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arguments.parse([]).gateway_port == 8080
+    assert arguments.parse(["--gateway-port", "9090"]).gateway_port == 9090
+    assert arguments.parse(["--no-gateway"]).gateway_port is None
+    assert arguments.parse(["--once"]).gateway_port is None
+    with pytest.raises(LauncherError, match="metrics 8002, gateway 8000"):
+        parse(checkpoint, "--gateway-port", "8000").check()
+    assert arguments.parse([]).keys is None
+    monkeypatch.setenv("AUTOGLM_CALLED_FROM", "/home/somebody")
+    monkeypatch.setenv("AUTOGLM_API_KEYS", "secret/keys")
+    assert arguments.parse([]).keys == Path("/home/somebody/secret/keys")
+
+
+@pytest.mark.parametrize("name", ["http", "gateway"])
+def test_the_command_names_a_port_that_is_taken(checkpoint: Path, free_ports: list[str], name: str) -> None:
     """The whole way through the shell script: it stops before it installs anything, with one line and exit code 1."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free_ports[1] = str(taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        free_ports[free_ports.index(f"--{name}-port") + 1] = str(port)
         command = [str(ROOT / "run_autoglm_server.sh"), "--checkpoint", checkpoint.name, *free_ports]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=checkpoint.parent, env={**os.environ, "LC_ALL": "C"}
@@ -129,8 +144,8 @@ def test_the_command_names_a_port_that_is_taken(checkpoint: Path, free_ports: li
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
-        f"autoglm: error: http port {free_ports[1]} cannot be used on 127.0.0.1 (Address already in use): "
-        "stop what uses it, or give --http-port another number"
+        f"autoglm: error: {name} port {port} cannot be used on 127.0.0.1 (Address already in use): "
+        f"stop what uses it, or give --{name}-port another number"
     ]
 
 

@@ -127,3 +127,8 @@ def test_the_exit_code_for_health_checks(
     assert probe.main(["--http", serve(503, b"Exceeds maximum queue size")]) == 0
     assert probe.main(["--http", serve(500, b"broken")]) == 1
     assert "HTTP 500: broken" in capsys.readouterr().err
+    well = serve(200, events(*PIECES))
+    assert probe.main(["--http", well, "--gateway", serve(200, b"{}")]) == 0
+    assert probe.main(["--http", well, "--gateway", serve(503, b'{"error": {"message": "not ready: gone"}}')]) == 1
+    assert "gateway: not ready: gone" in capsys.readouterr().err
+    assert probe.main(["--http", well, "--gateway", "127.0.0.1:1"]) == 1

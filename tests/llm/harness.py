@@ -9,7 +9,7 @@ import torch
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import EngineConfig, SparseAttentionConfig
 from autoglm.llm.engine import Engine
-from autoglm.llm.sequence import Output, Request
+from autoglm.llm.sequence import Output, Request, Sequence
 from autoglm.sampling import SamplingParams
 from autoglm.vision.vit import VisionTransformer
 from tests.prompts import Grid, random_pixels, random_prompt
@@ -71,9 +71,13 @@ class Harness:
         return self.request(name, prompt, grids, variant, **options)
 
     def submit(self, *requests: Request) -> None:
-        """Put requests in, as `Engine.submit` and its thread would."""
+        """Put requests in, and do at once what the engine's thread would."""
         for request in requests:
-            self.engine._accept(request)
+            self.engine.submit(request)
+            while not self.engine._inbox.empty():
+                sequence = self.engine._inbox.get()
+                assert isinstance(sequence, Sequence)
+                self.engine._accept(sequence)
 
     def step(self) -> None:
         """A step of the engine, after which the pool is checked, and what nobody should read any more is spoilt."""

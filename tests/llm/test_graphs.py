@@ -21,7 +21,7 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def warm(plain: Pair) -> Harness:
     harness = Harness(plain.checkpoint, GPU, max_batch_size=12, max_tokens_per_step=500)
-    harness.engine.runner.capture(64)
+    harness.engine.runner.capture(64, 64)
     harness.engine.warm_up()
     return harness
 
@@ -42,7 +42,7 @@ def test_sparse_tokens_are_the_cpu_s(plain: Pair, mode: Mode) -> None:
     config = SparseAttentionConfig(mode, 0.3, 1, 1)
     cpu = Harness(plain.checkpoint, sparse_attention=config)
     gpu = Harness(plain.checkpoint, GPU, config, max_batch_size=12, max_tokens_per_step=500)
-    gpu.engine.runner.capture(64)
+    gpu.engine.runner.capture(64, 64)
     cpu.run(*mixed_requests(cpu))
     gpu.run(*mixed_requests(gpu))
     same = [gpu.answers[name].token_ids == answer.token_ids for name, answer in cpu.answers.items()]
@@ -67,19 +67,19 @@ def test_no_launch_waits(warm: Harness, nothing_waits: None) -> None:
     assert all(answer.last.error is None for answer in warm.answers.values())
 
 
-@pytest.mark.parametrize("mode", ["topk", "pages", "snap"])
+@pytest.mark.parametrize("mode", ["topk", "pages", "snap", "prune"])
 def test_no_sparse_launch_waits(plain: Pair, mode: Mode, request: pytest.FixtureRequest) -> None:
     config = SparseAttentionConfig(mode, 0.3, 1, 1)
     harness = Harness(plain.checkpoint, GPU, config, max_batch_size=12, max_tokens_per_step=500)
-    harness.engine.runner.capture(64)
+    harness.engine.runner.capture(64, 64)
     requests = [harness.random_request(f"{i}", i, [(1, 16, 12)], max_tokens=9) for i in range(6)]
     requests = [replace(r, embeddings=r.embeddings.to(GPU)) for r in requests if r.embeddings is not None]
     harness.run(*requests[:3])  # what happens once happens here
     harness.submit(*requests[3:])
     request.getfixturevalue("nothing_waits")
-    for _ in range(8):
+    for _ in range(30):
         harness.engine.step()
-    assert all(answer.last.error is None for answer in harness.answers.values() if answer.pieces)
+    assert all(answer.last.error is None for answer in harness.answers.values())
 
 
 def test_decode_steps_allocate_nothing(warm: Harness) -> None:

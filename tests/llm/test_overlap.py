@@ -173,7 +173,7 @@ def test_rows_that_pad_change_nothing(plain: Pair) -> None:
     found = Harness(plain.checkpoint)
     runner = found.engine.runner
     decode: Any = {n: PaddedGraph(runner._decode, (torch.zeros(ROW, n, dtype=torch.int32),)) for n in decode_sizes(32)}
-    shapes = chunk_shapes(32, 64)
+    shapes = chunk_shapes(32, 64, 64)
     mixed: Any = {s: PaddedGraph(partial(runner._mixed, s), runner._mixed_inputs(s)) for s in shapes}
     runner.decode_graphs, runner.mixed_graphs = decode, mixed
     found.run(*mixed_requests(found))
@@ -189,11 +189,27 @@ def test_sizes_of_decoding_graphs() -> None:
 
 
 def test_shapes_of_graphs_with_prompts() -> None:
-    shapes = chunk_shapes(64, 1024)
-    assert {shape.tokens for shape in shapes} == {64, 128, 192, 256, 384, 512, 768, 1024}
-    assert Shape(64, 4, 1024) in shapes and Shape(0, 4, 192) in shapes and Shape(64, 4, 192) not in shapes
-    assert chunk_shapes(1, 100) == [Shape(0, 1, 64), Shape(0, 1, 100)]
-    assert max(chunk_shapes(128, 4096)).tokens == 1024
+    shapes = chunk_shapes(64, 8192, 1024)
+    alone = [shape.tokens for shape in shapes if not shape.singles]
+    assert alone == [64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536]
+    assert {shape.singles + shape.tokens for shape in shapes if shape.singles} == {128, 256, 512, 1024}
+    assert Shape(64, 4, 960) in shapes and Shape(16, 4, 1008) in shapes
+    assert Shape(64, 4, 704) in chunk_shapes(64, 768, 768)
+    assert chunk_shapes(1, 100, 100) == [Shape(0, 1, 64), Shape(0, 1, 100)]
+    assert max(shape.singles + shape.tokens for shape in chunk_shapes(128, 4096, 4096)) == 1536
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 17, 20])
+def test_the_largest_pass_beside_others_has_a_graph(plain: Pair, count: int) -> None:
+    harness = Harness(plain.checkpoint, max_batch_size=24, max_tokens_per_step=500, max_tokens_per_mixed_step=64)
+    harness.submit(*(harness.request(f"{i}", random_text(9, i), max_tokens=20) for i in range(count)))
+    harness.engine.step()
+    harness.submit(harness.request("long", random_text(200, 99), max_tokens=1))
+    harness.engine.step()
+    assert harness.engine._in_flight is not None
+    shape = Shape.of(harness.engine._in_flight.chunks)
+    assert shape.singles == count and shape.tokens == 64 - (16 if count <= 16 else 24)
+    assert any(graph.holds(shape) and graph.tokens == shape.tokens for graph in chunk_shapes(24, 64, 64))
 
 
 def test_warm_up_leaves_no_trace(plain: Pair, wanted: dict[str, list[int]]) -> None:
@@ -218,7 +234,7 @@ def test_a_warm_up_that_fails_is_told(plain: Pair, monkeypatch: pytest.MonkeyPat
 
 
 def test_prompts_are_cut_short_while_others_decode(plain: Pair) -> None:
-    harness = Harness(plain.checkpoint, max_tokens_per_step=100, max_tokens_per_mixed_step=16)
+    harness = Harness(plain.checkpoint, max_tokens_per_step=100, max_tokens_per_mixed_step=32)
     lengths: list[list[int]] = []
     launch = harness.engine.runner.launch
 

@@ -1,16 +1,20 @@
 """Requests that see a part of their images: dense at ratio 1, alike however they are run, and no block is lost."""
 
 import random
+import threading
 
 import pytest
 import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import SparseAttentionConfig
+from autoglm.errors import ErrorCode
+from autoglm.kernels import reference_sparse
 from autoglm.llm.sequence import Request
 from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
 from tests.llm.harness import Harness
+from tests.llm.test_engine import ended, wait_for
 from tests.prompts import GRIDS, random_prompt
 
 MODES = ("topk", "snap", "prune")  # whose answers do not depend on what runs beside
@@ -172,6 +176,51 @@ def test_prune_computes_less(plain: Pair) -> None:
     harness.run(harness.random_request("a", 1, LARGE))
     usage = harness.answers["a"].last.usage
     assert usage is not None and (usage.image_tokens, usage.prompt_tokens) == (12, 12 + 12 + 2 + 5)
+
+
+def test_prune_chooses_in_the_thread_that_submits(
+    plain: Pair, alone: dict[str, dict[str, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(plain.checkpoint, sparse_attention=server("prune"))
+    engine, threads = harness.engine, set()
+
+    def note(rows: torch.Tensor, count: int) -> torch.Tensor:
+        threads.add(threading.current_thread())
+        return reference_sparse.most_diverse(rows, count)
+
+    monkeypatch.setattr(engine.runner.model.kernels, "most_diverse", note)
+    requests = some_requests(harness)
+    engine.start()
+    for request in requests:
+        engine.submit(request)
+    wait_for(lambda: all(ended(answer.pieces) for answer in harness.answers.values()))
+    engine.close()
+    assert threads == {threading.current_thread()}
+    assert answers(harness) == alone["prune"]
+    assert engine.stats.requests == len(requests)
+
+
+def test_a_choice_that_fails_is_its_request_s_alone(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(plain.checkpoint, sparse_attention=server("prune"))
+    engine = harness.engine
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    requests = [harness.random_request(name, 1, LARGE, max_tokens=400) for name in ("running", "failing", "next")]
+    engine.start()
+    engine.submit(requests[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.model.kernels, "most_diverse", fail)
+        engine.submit(requests[1])
+    engine.submit(requests[2])
+    error = harness.answers["failing"].last.error
+    assert error is not None and error.code == ErrorCode.INTERNAL and "2 GiB" in error.message
+    wait_for(lambda: all(ended(answer.pieces) for answer in harness.answers.values()))
+    engine.close()
+    assert harness.answers["running"].token_ids == harness.answers["next"].token_ids
+    assert harness.answers["next"].last.finish_reason == "length"
+    assert engine.stats.requests == 2
 
 
 def test_nothing_to_choose_by(plain: Pair) -> None:

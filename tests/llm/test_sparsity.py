@@ -7,10 +7,11 @@ import torch
 
 from autoglm.config import SparseAttentionConfig, load_config
 from autoglm.errors import RequestError
+from autoglm.kernels import reference
 from autoglm.kernels.reference_sparse import AT_ONCE, topk_attention, visual_attention
 from autoglm.llm.prefix_keys import MediaSpan
 from autoglm.llm.prompt import Prompt
-from autoglm.llm.pruning import most_diverse, prune
+from autoglm.llm.pruning import prune
 from autoglm.llm.sparsity import Sparsity
 from autoglm.llm.thinning import keep_strongest
 from autoglm.sampling import SamplingParams
@@ -104,23 +105,13 @@ def test_the_strongest_stay_in_order() -> None:
     assert places.tolist() == [[[0, 2, 3, 4, 5, 7]], [[0, 1, 3, 4, 6, 7]]]
 
 
-def test_most_diverse_takes_one_of_each_kind() -> None:
-    torch.manual_seed(0)
-    kinds = torch.nn.functional.normalize(torch.randn(8, 32), dim=-1)
-    rows = kinds.repeat_interleave(5, 0) + 0.01 * torch.randn(40, 32)
-    chosen = most_diverse(rows, 8)
-    assert chosen.tolist() == sorted(chosen.tolist())
-    assert (chosen // 5).tolist() == list(range(8))
-    assert most_diverse(rows, 40).tolist() == list(range(40))
-
-
 def test_pruned_prompt_keeps_positions() -> None:
     torch.manual_seed(0)
     media = [MediaSpan(b"a", 2, 10), MediaSpan(b"b", 15, 4)]
     ids = [0, 1, *[99] * 10, 12, 13, 14, *[99] * 4, 19]
     positions = torch.arange(20, dtype=torch.int32).expand(3, -1)
     embeddings = torch.randn(14, 16)
-    pruned = prune(Prompt(ids, positions, media, embeddings), Sparsity("prune", 0.5, 0))
+    pruned = prune(Prompt(ids, positions, media, embeddings), Sparsity("prune", 0.5, 0), reference)
     assert pruned.token_ids == [0, 1, *[99] * 5, 12, 13, 14, *[99] * 2, 19]
     assert pruned.media == [MediaSpan(b"a", 2, 5), MediaSpan(b"b", 10, 2)]
     stay = pruned.positions[0].tolist()
@@ -128,6 +119,6 @@ def test_pruned_prompt_keeps_positions() -> None:
     rows = [p - 2 if p < 12 else p - 5 for p in stay if p in range(2, 12) or p in range(15, 19)]
     assert pruned.embeddings is not None
     assert torch.equal(pruned.embeddings, embeddings[rows])
-    whole = prune(Prompt(ids, positions, media, embeddings), Sparsity("prune", 1.0, 0))
+    whole = prune(Prompt(ids, positions, media, embeddings), Sparsity("prune", 1.0, 0), reference)
     assert whole.embeddings is not None
     assert whole.token_ids == ids and torch.equal(whole.embeddings, embeddings)

@@ -268,9 +268,19 @@ def test_int8_weights_come_from_the_cache_the_second_time(
 def test_resized_by_the_device_it_is_the_same(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     host, device = make_encoder(), make_encoder()
     monkeypatch.setattr(device, "_device_resizes", True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # without a GPU there is no such memory
-    for images in ([image(1)], [image(2, size=(300, 200)), image(3, size=(57, 57))]):
+    photo = encode(picture(*SIZE), "JPEG")
+    for images in ([image(1)], [image(2, size=(300, 200)), image(3, size=(57, 57))], [image(data=photo)]):
         assert torch.equal(features(device.encode([images])[0]), features(host.encode([images])[0]))
+
+
+def test_who_is_done_does_not_wait(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(max_patches_per_pass=1)
+    encoder.encode([[image(1)]])
+    passes = Counting(encoder._features)
+    monkeypatch.setattr(encoder, "_features", passes)
+    requests = [[image(2)], [image(3), image(1)], [], [image(1)], [image(data=b"no image")]]
+    seen = [(index, len(passes.calls)) for index, _ in encoder.encode_each(requests)]
+    assert seen[:2] == [(2, 0), (3, 0)] and sorted(seen[2:]) == [(0, 1), (1, 2), (4, 1)]
 
 
 def test_the_warm_up_encodes_each_size(make_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:

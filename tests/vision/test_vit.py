@@ -4,6 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autoglm.checkpoint import VisionConfig
 from autoglm.vision import vit
@@ -28,6 +29,53 @@ def test_positions_are_kept_for_the_last_few_shapes(pair: Pair, monkeypatch: pyt
     assert compute.call_count == 2 + len(others)
 
 
+def alone(model: VisionTransformer, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position embeddings and rotary angles of one image, computed for itself."""
+    merge, half = model.config.spatial_merge_size, model.config.head_dim // 2
+    order = torch.arange(height * width).view(height // merge, merge, width // merge, merge)
+    order = order.permute(0, 2, 1, 3).flatten()
+    rows, cols = order // width, order % width
+    weight, side = model.embeddings.position_embedding.weight, model.embeddings.side
+    table = weight.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    points = torch.stack(((cols + 0.5) / width, (rows + 0.5) / height), dim=-1) * 2 - 1
+    read = F.grid_sample(table, points[None, :, None], "bicubic", padding_mode="border", align_corners=False)
+    frequencies = 1.0 / model.config.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+    angles = torch.cat((rows[:, None] * frequencies, cols[:, None] * frequencies), dim=-1)
+    return read[0, :, :, 0].T.to(weight.dtype), torch.stack((angles.cos(), angles.sin()))
+
+
+@pytest.mark.parametrize("size", [96, 40])
+@pytest.mark.parametrize("learns", [False, True])
+def test_positions_of_a_pass_are_those_of_each_image(size: int, learns: bool) -> None:
+    """Shapes that are new, that come twice, that are kept."""
+    config = VisionConfig(
+        depth=1, hidden_size=size, num_heads=2, out_hidden_size=32, intermediate_size=32, image_size=336
+    )
+    model = VisionTransformer(config).bfloat16().requires_grad_(learns)
+    passes = [[(4, 6)], [(2, 2), (34, 20), (4, 6), (2, 2), (6, 4)], [(6, 4), (8, 2)], [(6, 4)], [(8, 2)] * 2]
+    for shapes in passes:
+        layout = model.lay_out([(1, *shape) for shape in shapes])
+        positions, angles = zip(*(alone(model, *shape) for shape in shapes), strict=True)
+        assert torch.equal(layout.positions, torch.cat(positions))
+        assert torch.equal(layout.angles, torch.cat(angles, dim=1))
+        assert layout.positions.is_contiguous() and layout.angles.is_contiguous()
+
+
+def test_shapes_of_a_pass_are_computed_together_and_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = VisionConfig(depth=1, hidden_size=32, num_heads=2, out_hidden_size=32, intermediate_size=32, image_size=56)
+    model = VisionTransformer(config).requires_grad_(False)
+    compute = Mock(wraps=model.embeddings.forward)
+    monkeypatch.setattr(model.embeddings, "forward", compute)
+    grids = [(1, 2, 2 * width) for width in range(1, 30)]
+    model.lay_out(grids)
+    assert compute.call_count == 1
+    model.lay_out(grids[-vit.KEPT_SHAPES :])
+    assert compute.call_count == 1
+    kept = [tensor for positions in model._kept.values() for tensor in positions]
+    assert len(kept) == 2 * vit.KEPT_SHAPES
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+
 def test_int8_stays_near(pair: Pair) -> None:
     exact = VisionTransformer.load(pair.checkpoint, CPU, torch.float32)
     rounded = VisionTransformer.load(pair.checkpoint, CPU, torch.float32, int8=True)
@@ -40,6 +88,8 @@ def test_it_learns_and_keeps_no_positions_meanwhile() -> None:
     config = VisionConfig(depth=1, hidden_size=32, num_heads=2, out_hidden_size=32, intermediate_size=32, image_size=56)
     model = VisionTransformer(config)
     grids = [(1, 2, 4), (1, 4, 4)]
+    model.requires_grad_(False)(torch.ones(24, 1176), grids)  # keeps them
+    model.requires_grad_(True)
     before = model(torch.ones(24, 1176), grids)
     before.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

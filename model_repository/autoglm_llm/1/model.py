@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import checkpoint_directory, load_config
-from autoglm.device import choose_device
+from autoglm.device import beside, choose_device
 from autoglm.errors import ErrorCode, RequestError, invalid
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Clip, Output, Request
@@ -101,10 +101,11 @@ class TritonPythonModel:
         )
 
     def _embeddings(self, tensors: dict[str, Any], name: str) -> torch.Tensor | None:
-        """A copy of our own, [tokens, hidden_size]: the input's memory belongs to the request."""
+        """A copy of our own, [tokens, hidden_size], complete: the input's memory belongs to the request."""
         if name not in tensors:
             return None
-        return torch.from_dlpack(tensors[name].to_dlpack())[0].to(self.engine.runner.device, copy=True)
+        device = self.engine.runner.device
+        return beside(device, lambda: torch.from_dlpack(tensors[name].to_dlpack())[0].to(device, copy=True))
 
     def _stop(self, caller: str) -> None:
         """End the running requests that their caller gave this id: a closed stream does not reach an ensemble.

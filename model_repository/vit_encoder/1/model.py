@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import to_dlpack
 
@@ -17,6 +18,7 @@ from autoglm.triton import error_response, log_to_triton
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.weight_cache import WeightCache
 
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES")
 
 
@@ -32,27 +34,34 @@ class TritonPythonModel:
         self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype, weights)
         self.publisher = Publisher(pb_utils, self.encoder.cache.stats, VISION_CACHE, {"device": str(device)})
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[Any]) -> None:
+        """Answers each request when its images are embedded: a text alone waits for nobody's."""
         started = time.perf_counter()
-        read = [_read(request) for request in requests]
-        results = iter(self.encoder.encode([images for images in read if not isinstance(images, RequestError)]))
-        answers = [images if isinstance(images, RequestError) else next(results) for images in read]
-        milliseconds = np.array([[(time.perf_counter() - started) * 1000]], np.float32)
-        return [
-            error_response(pb_utils, answer)
-            if isinstance(answer, RequestError)
-            else pb_utils.InferenceResponse(
-                [
-                    pb_utils.Tensor.from_dlpack("IMAGE_EMBEDDINGS", to_dlpack(answer[None])),
-                    pb_utils.Tensor("VISION_MS", milliseconds),
-                ]
-            )
-            for answer in answers
-        ]
+        senders = [request.get_response_sender() for request in requests]
+        read = {index: _read(request) for index, request in enumerate(requests)}
+        for index, images in read.items():
+            if isinstance(images, RequestError):
+                senders[index].send(error_response(pb_utils, images), FINAL)
+        usable = {index: images for index, images in read.items() if not isinstance(images, RequestError)}
+        places = list(usable)
+        for place, result in self.encoder.encode_each(list(usable.values())):
+            senders[places[place]].send(_response(result, started), FINAL)
 
     def finalize(self) -> None:
         self.encoder.close()
         self.publisher.close()
+
+
+def _response(result: torch.Tensor | RequestError, started: float) -> Any:
+    if isinstance(result, RequestError):
+        return error_response(pb_utils, result)
+    milliseconds = np.array([[(time.perf_counter() - started) * 1000]], np.float32)
+    return pb_utils.InferenceResponse(
+        [
+            pb_utils.Tensor.from_dlpack("IMAGE_EMBEDDINGS", to_dlpack(result[None])),
+            pb_utils.Tensor("VISION_MS", milliseconds),
+        ]
+    )
 
 
 def _read(request: Any) -> list[ImageFile] | RequestError:

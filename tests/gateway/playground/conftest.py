@@ -34,7 +34,13 @@ def server() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def opened(browser: Browser, server: StandIn) -> Iterator[Open]:
+def address(server: StandIn) -> str:
+    """Where the page is."""
+    return server.url
+
+
+@pytest.fixture
+def opened(browser: Browser, address: str) -> Iterator[Open]:
     """Opens the page with the options of a browser context; at the end nothing must have gone wrong in it."""
     contexts: list[BrowserContext] = []
     troubles: list[str] = []
@@ -46,7 +52,7 @@ def opened(browser: Browser, server: StandIn) -> Iterator[Open]:
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.goto(server.url)
+        page.goto(address)
         expect(page.locator("#served")).not_to_be_empty()
         return page
 

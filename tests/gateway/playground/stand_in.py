@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-STATIC = Path(__file__).parents[3] / "gateway" / "static"
-POLICY = "default-src 'self'; img-src 'self' blob: data:"
-USAGE = {
-    "prompt_tokens": 3391,
-    "completion_tokens": 20,
-    "total_tokens": 3411,
-    "prompt_tokens_details": {"cached_tokens": 3072},
-    "queue_ms": 2.1,
-    "preprocess_ms": 9.0,
-    "vision_ms": 38.4,
-    "prefill_ms": 21.2,
-    "decode_ms": 95.7,
-}
+from gateway.answer import Usage
+from gateway.page import HEADERS, STATIC
+
+# In the gateway's own shape, so that the page cannot expect another.
+USAGE = Usage(
+    prompt_tokens=3391,
+    completion_tokens=20,
+    cached_tokens=3072,
+    timings={"queue_ms": 2.1, "preprocess_ms": 9.0, "vision_ms": 38.4, "prefill_ms": 21.2, "decode_ms": 95.7},
+).shape()
 
 
 @dataclass
@@ -38,6 +34,7 @@ class Answer:
 
     text: str = ""
     usage: Mapping[str, Any] | None = field(default_factory=lambda: USAGE)
+    transcripts: Sequence[str] = ()
     finish_reason: str = "stop"
     pause: int | None = None
     broken: bool = False
@@ -95,8 +92,8 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, directory=str(STATIC))
 
     def end_headers(self) -> None:
-        self.send_header("Content-Security-Policy", POLICY)
-        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -127,7 +124,8 @@ class _Handler(SimpleHTTPRequestHandler):
             answer.gone.set()
 
     def _stream(self, answer: Answer) -> None:
-        self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+        first = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+        self._event(first | ({"transcripts": answer.transcripts} if answer.transcripts else {}))
         at = 0
         while at < len(answer.text):
             if answer.pause is not None and at >= answer.pause:

@@ -22,10 +22,11 @@ def test_records_speech(page: Page, server: StandIn) -> None:
         expect(page.locator("#speech")).to_contain_text("Speech, ")
 
     record()
-    server.will(TAP)
+    server.will(Answer(TAP, transcripts=["打开设置"]))
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".chip")).to_be_visible()
     expect(page.locator("#speech")).to_be_hidden()
+    expect(page.locator(".heard")).to_have_text("Heard: “打开设置”")
     [part] = server.asked[0].body["messages"][0]["content"]
     assert (part["type"], part["input_audio"]["format"]) == ("input_audio", "wav")
     with wave.open(io.BytesIO(base64.b64decode(part["input_audio"]["data"]))) as sound:

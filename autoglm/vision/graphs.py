@@ -1,0 +1,90 @@
+"""Passes over one image of a common size as CUDA graphs: hundreds of launches become one."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoglm.vision.vit import Grid, Layout, VisionTransformer
+
+log = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured pass: reads the layout, which must live as long, and leaves the features in memory of its own."""
+
+    graph: torch.cuda.CUDAGraph
+    layout: Layout
+    features: torch.Tensor
+
+
+class GraphedTransformer:
+    """A ViT, some of whose passes are captured.
+
+    Safe for several threads that launch on the same stream: the graphs share their input and their memory.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+        self._graphs: dict[Grid, _Graph] = {}
+        self._turn = threading.Lock()
+        weight = model.patch_embed.proj.weight
+        self._patches = weight.new_empty(0, weight[0].numel())  # the input of all graphs
+
+    @torch.inference_mode()
+    def __call__(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """See `VisionTransformer.forward`; the result is the caller's own."""
+        graph = self._graphs.get(grids[0]) if len(grids) == 1 else None
+        if graph is None:
+            return self.model(patches, grids)  # type: ignore[no-any-return]
+        with self._turn:
+            self._patches[: patches.shape[0]].copy_(patches)
+            graph.graph.replay()
+            return graph.features.clone()
+
+    @torch.inference_mode()
+    def capture(self, grids: Iterable[Grid]) -> None:
+        """Make a graph of the pass over one image of each grid. The model must be on a CUDA device.
+
+        Where memory does not suffice, the remaining grids go without, as those of other sizes do.
+        """
+        ordered = sorted(set(grids), key=math.prod, reverse=True)  # the others find room in the memory of the largest
+        if not ordered:
+            return
+        begin = time.perf_counter()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._patches.device)
+        try:
+            self._patches = self._patches.new_zeros(math.prod(ordered[0]), self._patches.shape[1])
+            pool = torch.cuda.graph_pool_handle()
+            for grid in ordered:
+                self._graphs[grid] = self._capture(grid, pool)
+        except RuntimeError as error:  # torch's OutOfMemoryError, or what the capture that it broke ended with
+            left = ordered[len(self._graphs) :]
+            log.warning("images of the grids %s are encoded without CUDA graphs: %s", left, error)
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(self._patches.device) - before
+        seconds = time.perf_counter() - begin
+        log.info("%d passes captured in %.1f s; they hold %d MiB", len(self._graphs), seconds, held // MIB)
+
+    def _capture(self, grid: Grid, pool: Any) -> _Graph:
+        patches = self._patches[: math.prod(grid)]
+        for _ in range(2):  # compiles the kernels; cuDNN plans when a length comes the second time
+            self.model(patches, [grid])
+        layout = self.model.lay_out([grid])
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with (
+            torch.cuda.stream(stream),  # back to it, even where the end of a broken capture forgets to
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            features = self.model.embed(patches, layout)
+        return _Graph(graph, layout, features)
