@@ -122,11 +122,11 @@ class Checkpoint:
             CheckpointError: a file or key is missing, or the model is of another kind.
         """
         path = Path(directory)
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         kind = config.get("model_type")
         if kind != "glm4v":
             raise CheckpointError(f"{path}/config.json: model_type is {kind!r}, supported is 'glm4v'")
-        defaults = _read_json(path / "generation_config.json", required=False)
+        defaults = read_json(path / "generation_config.json", required=False)
         return cls(
             path=path,
             text=_text_config(config),
@@ -145,20 +145,27 @@ class Checkpoint:
     def shards(self) -> tuple[Path, ...]:
         """The safetensors files, in order."""
         index = self.path / "model.safetensors.index.json"
-        names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise CheckpointError(f"{self.path}: missing weight files {', '.join(missing[:3])}")
         return tuple(self.path / name for name in names)
 
 
-def _read_json(path: Path, required: bool = True) -> dict[str, Any]:
+def read_json(path: Path, required: bool = True) -> dict[str, Any]:
+    """The JSON object that a file holds; empty where there is no file and none is required.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path} does not exist")
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -228,9 +235,9 @@ def _eos_ids(config: dict[str, Any], defaults: dict[str, Any]) -> tuple[int, ...
 
 
 def _image_limits(path: Path) -> ImageLimits:
-    processor = _read_json(path / "preprocessor_config.json", required=False)
+    processor = read_json(path / "preprocessor_config.json", required=False)
     if not processor:
-        processor = _read_json(path / "processor_config.json").get("image_processor", {})
+        processor = read_json(path / "processor_config.json").get("image_processor", {})
     size = processor.get("size") or {}
     if "shortest_edge" not in size or "longest_edge" not in size:
         raise CheckpointError(f"{path}: the image processor's size needs shortest_edge and longest_edge, has {size}")
@@ -263,7 +270,7 @@ def _chat_template(path: Path) -> str:
     file = path / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = _read_json(path / "tokenizer_config.json", required=False).get("chat_template")
+    template = read_json(path / "tokenizer_config.json", required=False).get("chat_template")
     if not isinstance(template, str):
         raise CheckpointError(f"{path}: neither chat_template.jinja nor tokenizer_config.json holds a chat template")
     return template

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from autoglm.checkpoint import CheckpointError
+from autoglm.checkpoint import CheckpointError, read_json
 
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
@@ -76,20 +74,3 @@ class SpeechCheckpoint:
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             samples = max(0, (samples - kernel) // stride + 1)
         return samples
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content

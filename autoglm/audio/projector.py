@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autoglm.audio.checkpoint import read_json
-from autoglm.checkpoint import CheckpointError
+from autoglm.checkpoint import CheckpointError, read_json
 
 WEIGHTS = "model.safetensors"
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}

@@ -129,8 +129,8 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
         check_grid(file.grid, self.image_limits, "")  # who calls this model by itself may say any
         limits = self.image_limits
         size = file.grid[1] * limits.patch_size, file.grid[2] * limits.patch_size
-        info = read_image(file.data, self.limits, "")
-        if not self._device_resizes or info.width * info.height > MAX_UPLOAD_PIXELS:
+        info = read_image(file.data, self.limits, "") if self._device_resizes else None
+        if info is None or info.width * info.height > MAX_UPLOAD_PIXELS:
             pixels = decode_image(file.data, self.limits, "")
             return _Decoded(self._key(file), file.grid, torch.from_numpy(patches(pixels, size, limits)))
         result = beside(self.device, lambda: device_patches(self._upload(file, info), size, limits, self.dtype))

@@ -93,6 +93,19 @@ def test_small_passes_give_the_same(model: Any, plain: Pair, monkeypatch: pytest
     assert torch.equal(embeddings(answer(model, [make_request(plain, files, SIZES)])[0]), whole)
 
 
+def test_a_fault_in_the_middle_leaves_no_request_without_an_answer(
+    model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def embed_one(requests: list[Any]) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 1, torch.zeros(1, 4)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(model.encoder, "encode_each", embed_one)
+    first, second, third = answer(model, [make_request(plain, [], []) for _ in range(3)])
+    assert embeddings(second).shape == (1, 1, 4)
+    assert all("internal error (OutOfMemoryError)" in response.error().message() for response in (first, third))
+
+
 def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
     good = encode(picture(*SIZES[0]))
     requests = [

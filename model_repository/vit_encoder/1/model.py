@@ -37,15 +37,21 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Answers each request when its images are embedded: a text alone waits for nobody's."""
         started = time.perf_counter()
-        senders = [request.get_response_sender() for request in requests]
-        read = {index: _read(request) for index, request in enumerate(requests)}
-        for index, images in read.items():
+        waiting: dict[int, tuple[Any, list[ImageFile]]] = {}
+        for request in requests:
+            sender, images = request.get_response_sender(), _read(request)
             if isinstance(images, RequestError):
-                senders[index].send(error_response(pb_utils, images), FINAL)
-        usable = {index: images for index, images in read.items() if not isinstance(images, RequestError)}
-        places = list(usable)
-        for place, result in self.encoder.encode_each(list(usable.values())):
-            senders[places[place]].send(_response(result, started), FINAL)
+                sender.send(error_response(pb_utils, images), FINAL)
+            else:
+                waiting[len(waiting)] = sender, images
+        try:
+            for index, result in self.encoder.encode_each([images for _, images in waiting.values()]):
+                response = _response(result, started)
+                sender, _ = waiting.pop(index)
+                sender.send(response, FINAL)
+        except Exception as error:  # whatever has happened, every request must be answered, and none twice
+            for sender, _ in waiting.values():
+                sender.send(error_response(pb_utils, error), FINAL)
 
     def finalize(self) -> None:
         self.encoder.close()
