@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-LANES = 1024  # most rows that go at once, with the one above them
+LANES = 512  # most rows that go at once, with the one above them
 AHEAD = 4  # steps whose bytes are under way
 TILE = 64
 
