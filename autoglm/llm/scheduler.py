@@ -14,7 +14,7 @@ from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.sequence import Sequence
 
-MIXED_PROMPTS = 4  # in one pass with decoding sequences: such passes have room for no more (see `graphs`)
+MIXED_PROMPTS = 8  # in one pass with decoding sequences: such passes have room for no more (see `graphs`)
 FEW = 16  # decoding sequences
 
 

@@ -193,8 +193,8 @@ def test_shapes_of_graphs_with_prompts() -> None:
     alone = [shape.tokens for shape in shapes if not shape.singles]
     assert alone == [64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536]
     assert {shape.singles + shape.tokens for shape in shapes if shape.singles} == {128, 256, 512, 1024}
-    assert Shape(64, 4, 960) in shapes and Shape(16, 4, 1008) in shapes
-    assert Shape(64, 4, 704) in chunk_shapes(64, 768, 768)
+    assert Shape(64, 8, 960) in shapes and Shape(16, 8, 1008) in shapes
+    assert Shape(64, 8, 704) in chunk_shapes(64, 768, 768)
     assert chunk_shapes(1, 100, 100) == [Shape(0, 1, 64), Shape(0, 1, 100)]
     assert max(shape.singles + shape.tokens for shape in chunk_shapes(128, 4096, 4096)) == 1536
 
