@@ -58,14 +58,16 @@ def attend(q, k, k_scale, v, v_scale, inside, mixed, top, total, softmax_scale, 
     return mixed, higher, total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["axis_stride", "splits"], do_not_specialize_on_alignment=["positions", "block_table", "lengths"]
+)
 def _decode_attention(
     qkv, positions, table, keys, values, key_scales, value_scales, block_table, lengths, out, partials, sums, counters,
-    split_stride, row_stride, axis_stride, table_rows, scale_stride, block_table_stride, list_stride, softmax_scale,
+    split_stride, row_stride, axis_stride, table_rows, scale_stride, block_table_stride, list_stride, splits,
+    softmax_scale,
     S: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCALED: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, LISTS: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, KV head, sequence). LISTS: block tables and lengths are what the kernel in front writes."""
     pdl_launch(PDL)
@@ -85,7 +87,7 @@ def _decode_attention(
     length = tl.load(lengths + sequence)
     old = tl.maximum(length - 1, 0)  # the keys that earlier passes wrote
     tiles = tl.cdiv(old, BLOCK_N)
-    share = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    share = tl.maximum(tl.cdiv(tiles, splits), 1)
     working = tl.maximum(tl.cdiv(tiles, share), 1)
     first = split * share * BLOCK_N
     end = tl.minimum(first + share * BLOCK_N, old)
@@ -147,8 +149,8 @@ def _decode_attention(
         tl.store(out_at, mixed.to(dtype), mask=real)
         return
     pair = sequence * KV_HEADS + head
-    partials += pair * SPLITS * ROWS * D
-    sums += pair * SPLITS * ROWS
+    partials += pair * splits * ROWS * D
+    sums += pair * splits * ROWS
     inside = rows[:, None] * D + columns[None, :]
     tl.store(partials + split * ROWS * D + inside, mixed)
     tl.store(sums + split * ROWS + rows, top + tl.log2(total))
@@ -209,7 +211,6 @@ def decode_attention(
     if batch * kv_heads > MOST_PAIRS:
         raise ValueError(f"{batch} sequences of {kv_heads} KV heads in one pass, at most {MOST_PAIRS} together")
     splits = min(MOST_SPLITS, max(1, 2 * processors(qkv.device) // (batch * kv_heads)))
-    splits = 1 << splits.bit_length() - 1  # a power of two: the kernel is compiled for each number
     few = batch * kv_heads * splits <= processors(qkv.device)  # one program a processor: more warps hide more
     block_n = 32 if cache.key_scales is not None and not few else 64  # unpacked 8-bit tiles want more registers
     group = heads // kv_heads
@@ -224,11 +225,11 @@ def decode_attention(
         qkv, positions, rotary.table, cache.keys, cache.values, key_scales, value_scales, block_table, lengths,
         out, partials, sums, counters(qkv.device),
         qkv.stride(0), qkv.stride(1), positions.stride(0), rotary.table.shape[1], scale_stride, block_table.stride(0),
-        block_table.stride(1) if chosen else 0,
+        block_table.stride(1) if chosen else 0, splits,
         size**-0.5 * 1.4426950408889634,  # log2(e): the softmax is taken in base 2
         S=parts, GROUP=group, KV_HEADS=kv_heads, D=size, HALF=rotary.table.shape[2], FIRST=first, SECOND=first + second,
         BLOCK_SIZE=cache.block_size, SCALED=cache.key_scales is not None,
-        SPLITS=splits, ROWS=rows, BLOCK_N=block_n, TOGETHER=16 if few else 4, LISTS=chosen,
+        ROWS=rows, BLOCK_N=block_n, TOGETHER=16 if few else 4, LISTS=chosen,
         PDL=PDL, launch_pdl=PDL, num_warps=8 if few else 4,
     )  # fmt: skip
     return out

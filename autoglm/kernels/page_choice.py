@@ -80,7 +80,10 @@ def _choose(visual, block_table, bounds, chosen, blocks, wanted, PLACES: tl.cons
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["axis_stride"],
+    do_not_specialize_on_alignment=["positions", "block_table", "lengths", "seats"],
+)
 def _choose_pages(
     qkv, positions, table, summaries, block_table, lengths, seats, visual, kept, bounds, chosen, left,
     split_stride, row_stride, axis_stride, table_rows, block_table_stride, max_blocks,

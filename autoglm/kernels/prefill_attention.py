@@ -51,7 +51,7 @@ def _attend(
     return mixed, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_table", "starts", "lengths"])
 def _prefill_attention(
     q, keys, values, key_scales, value_scales, block_table, starts, lengths, out,
     q_stride, scale_stride, block_table_stride, softmax_scale,

@@ -70,7 +70,7 @@ def encode(x, scales, mask, dtype: tl.constexpr):
     return stored, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["axis_stride"], do_not_specialize_on_alignment=["positions", "slots"])
 def _store_keys(
     qkv, positions, table, slots, out, keys, values, key_scales, value_scales,
     split_stride, row_stride, axis_stride, table_rows, scale_stride,

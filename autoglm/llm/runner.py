@@ -11,7 +11,7 @@ from autoglm.config import SparseAttentionConfig
 from autoglm.llm.attention import PagedAttention
 from autoglm.llm.batch import ROW, Batch, MixedInput, Pages, Shape, make_rows, pack_mixed, row_places, table_entries
 from autoglm.llm.cross_attention import CrossModalAttention, View, find_views
-from autoglm.llm.graphs import Graph, capture, chunk_shapes, decode_sizes
+from autoglm.llm.graphs import LARGEST, Graph, capture, chunk_shapes, decode_sizes
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.scheduler import Chunk
@@ -56,7 +56,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, most_tokens: int, most_mixed: int) -> None:
-        """Capture passes that decode and passes with prompts, see `chunk_shapes`. Only on a CUDA device."""
+        """Capture passes that decode and passes with prompts, see `chunk_shapes`. Only on a CUDA device.
+
+        What the others need is compiled here, too.
+        """
+        for singles in {1, self.max_batch_size}:
+            larger = Shape(singles, 1, LARGEST + 1)
+            self._mixed(larger, *self._mixed_inputs(larger))
         shapes = chunk_shapes(self.max_batch_size, most_tokens, most_mixed)
         shapes.sort(key=lambda s: s.tokens, reverse=True)
         sizes = sorted(decode_sizes(self.max_batch_size), reverse=True)

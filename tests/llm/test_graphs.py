@@ -92,14 +92,33 @@ def test_decode_steps_allocate_nothing(warm: Harness) -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-def test_nothing_is_compiled_after_the_warm_up(warm: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are compiled from now on."""
     from triton import knobs
 
-    compiled: list[str] = []
+    kernels: list[str] = []
 
     def note(**what: Any) -> None:
-        compiled.append(what["repr"])
+        kernels.append(what["repr"])
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    return kernels
+
+
+def test_nothing_is_compiled_after_the_warm_up(warm: Harness, compiled: list[str]) -> None:
+    compiled.clear()
     warm.run(*mixed_requests(warm))
+    assert compiled == []
+
+
+def test_passes_without_graphs_compile_nothing(warm: Harness, compiled: list[str]) -> None:
+    """Prompts that no graph holds, beside 1 to 11 answers."""
+    compiled.clear()
+    for number in range(12):
+        warm.submit(warm.request(f"{number}", random_text(97 + 5 * number, number), max_tokens=60))
+        warm.engine.step()
+        warm.engine.step()
+    while warm.engine.busy:
+        warm.engine.step()
     assert compiled == []
