@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from autoglm.llm.sequence import Output, Sink
+from autoglm.logprobs import LogprobWriter
+from autoglm.tokenizer import Vocabulary
 from autoglm.triton import error_response
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,9 @@ class _Stream:
 class Responder:
     """Sends outputs to Triton's response senders, and tells who has hung up."""
 
-    def __init__(self, pb_utils: Any) -> None:
+    def __init__(self, pb_utils: Any, vocabulary: Vocabulary) -> None:
         self._pb_utils = pb_utils
+        self._logprobs = LogprobWriter(vocabulary)
         self._queue: queue.SimpleQueue[tuple[_Stream, Output] | _Stream | None] = queue.SimpleQueue()
         self._open: set[_Stream] = set()
         self._next_poll = 0.0
@@ -100,6 +103,7 @@ class Responder:
         return [
             tensor("TEXT", np.array([output.text.encode()], np.object_)),
             tensor("TOKEN_IDS", np.array(output.token_ids, np.int32)),
+            tensor("LOGPROBS", np.array([self._logprobs.write(output.logprobs).encode()], np.object_)),
             tensor("TRANSCRIPTS", np.array([text.encode() for text in output.transcripts], np.object_)),
             tensor("FINISH_REASON", np.array([(output.finish_reason or "").encode()], np.object_)),
             tensor("USAGE", np.array([usage.encode()], np.object_)),
@@ -118,8 +122,14 @@ def merge(first: Output, second: Output) -> Output:
     """Two outputs of one request as one. An error takes the place of what came before it."""
     if second.error is not None:
         return second
-    text, ids = first.text + second.text, first.token_ids + second.token_ids
-    return Output(text, ids, first.transcripts + second.transcripts, second.finish_reason, second.usage)
+    return Output(
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        first.transcripts + second.transcripts,
+        second.finish_reason,
+        second.usage,
+    )
 
 
 def _rounded(value: float) -> float:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from autoglm.errors import RequestError, invalid
+from autoglm.response_format import read_response_format
 
 DEFAULT_PRIORITY = 5
 LOWEST_PRIORITY = 10
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
 LEAST_SPARSE_RATIO = 0.01
 
 # What preprocess reads of a request: how images are resized, how sound is heard.
@@ -25,7 +27,9 @@ class SamplingParams:
 
     Penalties follow their usual definitions: frequency and presence count the answer's tokens, repetition the
     prompt's too. `priority` 1 is the most urgent, 10 the least. `timeout_us` counts from the request's arrival.
-    `sparse_mode` and `sparse_ratio` None take the server's (see `autoglm.llm.sparsity`).
+    `sparse_mode` and `sparse_ratio` None take the server's (see `autoglm.llm.sparsity`). `response_format` is what
+    `read_response_format` returns. `logprobs` is how many alternatives come with each token's log probability; None:
+    not even that.
     """
 
     max_tokens: int | None = None
@@ -45,6 +49,8 @@ class SamplingParams:
     timeout_us: int | None = None
     sparse_mode: SparseMode | None = None
     sparse_ratio: float | None = None
+    response_format: str | None = None
+    logprobs: int | None = None
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> "SamplingParams":
@@ -158,6 +164,8 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "timeout": _integer(1, 2**63 - 1),
     "sparse_mode": _sparse_mode,
     "sparse_ratio": _number(LEAST_SPARSE_RATIO, 1.0),
+    "response_format": read_response_format,
+    "logprobs": _integer(0, MAX_LOGPROBS),
 }
 
 # Over gRPC Triton takes a parameter called `priority` for its own scheduler and hides it: hence the second name.

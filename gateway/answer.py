@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.errors import ApiError
+from gateway.logprobs import Logprobs
 
 DONE = b"data: [DONE]\n\n"
 STAGES = ("queue_ms", "preprocess_ms", "vision_ms", "audio_ms", "prefill_ms", "decode_ms")
@@ -69,34 +71,40 @@ class Answer:
     async def gather(self, pieces: Pieces) -> dict[str, Any]:
         """The whole answer, when all of `pieces` have come, each with the number of its choice."""
         texts: dict[int, str] = {}
+        logprobs: defaultdict[int, list[str]] = defaultdict(list)
         finish_reasons: dict[int, str] = {}
         heard: tuple[str, ...] = ()
         async with aclosing(pieces):
             async for index, response in pieces:
                 texts[index] = texts.get(index, "") + response.text
+                logprobs[index].append(response.logprobs)
                 heard = heard or response.transcripts
                 if response.finish_reason:
                     finish_reasons[index] = response.finish_reason
                     self.usage.add(response.usage)
-        choices = [self._choice(i, texts[i], finish_reasons[i], "message") for i in sorted(texts)]
+        choices = [
+            self._choice(i, texts[i], finish_reasons[i], Logprobs(self.kind).shape(logprobs[i]), "message")
+            for i in sorted(texts)
+        ]
         return {**self._head("", heard), "choices": choices, "usage": self.usage.shape()}
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
         """The same as the events of a stream, each as soon as its piece has come."""
-        begun: set[int] = set()
+        begun: dict[int, Logprobs] = {}
         async with aclosing(pieces):
             async for index, response in pieces:
                 if response.finish_reason:
                     self.usage.add(response.usage)
-                elif not (response.text or response.transcripts):
+                elif not (response.text or response.transcripts or response.logprobs):
                     continue
-                yield self._piece(index, response, first=index not in begun)
-                begun.add(index)
+                first = index not in begun
+                logprobs = begun.setdefault(index, Logprobs(self.kind))
+                yield self._piece(index, response, logprobs.shape([response.logprobs]), first=first)
         yield self._last()
 
-    def _piece(self, index: int, response: Response, *, first: bool) -> bytes:
+    def _piece(self, index: int, response: Response, logprobs: dict[str, Any] | None, *, first: bool) -> bytes:
         """The event of a choice's next piece of text; the last one has the finish reason."""
-        choice = self._choice(index, response.text, response.finish_reason, "delta")
+        choice = self._choice(index, response.text, response.finish_reason, logprobs, "delta")
         if self.kind == "chat" and not first:
             del choice["delta"]["role"]
         chunk = {**self._head(".chunk", response.transcripts), "choices": [choice]}
@@ -119,9 +127,11 @@ class Answer:
         }
         return head | {"transcripts": list(heard)} if heard else head
 
-    def _choice(self, index: int, text: str, finish_reason: str, holder: str) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None, holder: str
+    ) -> dict[str, Any]:
         words = {holder: {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
-        return {"index": index, **words, "logprobs": None, "finish_reason": finish_reason or None}
+        return {"index": index, **words, "logprobs": logprobs, "finish_reason": finish_reason or None}
 
 
 def event(content: dict[str, Any]) -> bytes:

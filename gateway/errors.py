@@ -88,6 +88,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
         return ApiError(400, message, "unknown_field", field)
     if error["type"] == "missing":
         return ApiError(400, f"{field or 'body'}: missing", "missing", field)
+    if error["type"] == "union_tag_invalid":
+        return refused(f"{field}.type: got {shorten(error['ctx']['tag'])}; allowed: {error['ctx']['expected_tags']}")
     expected = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return refused(f"{field or 'body'}: got {shorten(error['input'])}; allowed: {expected}")
 

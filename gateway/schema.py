@@ -5,14 +5,17 @@ What OpenAI's clients send and what means nothing here is accepted only where it
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from autoglm.messages import ROLES
-from autoglm.sampling import LEAST_SPARSE_RATIO, LOWEST_PRIORITY, MAX_STOPS, SparseMode
+from autoglm.response_format import MAX_CHARACTERS, SCHEMA_NAME
+from autoglm.sampling import LEAST_SPARSE_RATIO, LOWEST_PRIORITY, MAX_LOGPROBS, MAX_STOPS, SparseMode
 
 MAX_CHOICES = 4
+MAX_COMPLETION_LOGPROBS = 5  # OpenAI's for plain completions
 
 # What the ensemble takes as request parameters under the same names. It knows their ranges, and says what it refuses.
 PARAMETERS = (
@@ -101,6 +104,43 @@ class TextFormat(Model):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Model):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Model):
+    """The answer always fits the schema, whatever `strict` says; `name` and `description` change nothing."""
+
+    name: Annotated[str, _told(pattern=SCHEMA_NAME)] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema", description=f"{MAX_CHARACTERS} characters at most")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Model):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class PhoneActionFormat(Model):
+    """Beyond OpenAI's: a thought, if any, and exactly one action of a phone agent, its coordinates on the screen."""
+
+    type: Literal["phone_action"]
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | PhoneActionFormat, Field(discriminator="type")
+]
+
+
+def _as_text(wanted: ResponseFormat) -> str:
+    """As a request parameter. Not by pydantic, which makes null of what is no number; the server refuses that."""
+    plain: dict[str, Any] = {"type": wanted.type}
+    if isinstance(wanted, JsonSchemaFormat):
+        plain["json_schema"] = {"name": wanted.json_schema.name, "schema": wanted.json_schema.schema_}
+    return json.dumps(plain)
+
+
 class Sampling(Model):
     """What both kinds of request have in common. Left out, the checkpoint's and the server's defaults hold."""
 
@@ -168,10 +208,9 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
 
-    # Not honoured yet: only what asks for nothing.
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     # There are no tools and one modality, and what an identifier or a label says changes no answer.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -188,6 +227,21 @@ class ChatRequest(Sampling):
     def longest(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def parameters(self, choice: int) -> dict[str, Any]:
+        values = super().parameters(choice)
+        if self.response_format is not None:
+            values["response_format"] = _as_text(self.response_format)
+        if self.logprobs:
+            values["logprobs"] = self.top_logprobs or 0
+        return values
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _belongs_to_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("more than 0 only together with logprobs")
+        return value
+
     @model_validator(mode="after")
     def _says_once_how_long(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -199,12 +253,16 @@ class CompletionRequest(Sampling):
     """/v1/completions. The prompt is a user's turn: it goes through the checkpoint's chat template."""
 
     prompt: str
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
 
     # Not honoured yet: only what asks for nothing.
-    logprobs: None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    def parameters(self, choice: int) -> dict[str, Any]:
+        values = super().parameters(choice)
+        return values if self.logprobs is None else values | {"logprobs": self.logprobs}
 
 
 class TokenizeRequest(Model):

@@ -24,6 +24,7 @@ def test_forms() -> None:
     assert params.stop == ("a", "b")
     assert params.stop_token_ids == (3,)
     assert (params.temperature, params.timeout_us, params.priority) == (1.0, 5, 2)
+    assert [SamplingParams.from_parameters({"logprobs": n}, {}).logprobs for n in (None, 0, 20)] == [None, 0, 20]
     assert SamplingParams.from_parameters({"stop": "[not json"}, {}).stop == ("[not json",)
     assert SamplingParams.from_parameters({"stop": ["x"], "seed": None, "priority": 0}, {}).stop == ("x",)
 

@@ -263,8 +263,9 @@ class Kernels(Protocol):
         records: torch.Tensor,
         marks: torch.Tensor,
         tokens: torch.Tensor,
+        kept: torch.Tensor,
     ) -> torch.Tensor:
-        """Choose the next token of each row, and note it in its seat.
+        """Choose the next token of each row, and note it in its seat; or, if its record says so, keep its logits.
 
         Penalties first; then, unless the temperature is 0, the logits are divided by it, and the distribution is cut
         by min-p, top-k and top-p in this order. The draw is argmax(logit + Gumbel noise), see Maddison et al. 2014,
@@ -278,9 +279,33 @@ class Kernels(Protocol):
             records: int32 [seats, WIDTH], see `autoglm.kernels.records`.
             marks: int32 [seats, vocab], which tokens came before; the chosen ones are counted.
             tokens: int64 [seats], where the chosen tokens go.
+            kept: fp32 [seats, vocab], where the logits of deferred rows go; nothing else is changed for these.
 
         Returns:
-            int32 [n].
+            int32 [n], -1 for deferred rows.
+        """
+
+    def sample_late(
+        self,
+        seats: torch.Tensor,
+        steps: torch.Tensor,
+        masks: torch.Tensor,
+        records: torch.Tensor,
+        marks: torch.Tensor,
+        tokens: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose the next tokens of rows that `sample` has deferred, as it would, from what their masks allow.
+
+        A token that is not allowed counts as one of logit -inf before anything else is done. It is never chosen, not
+        even where no allowed token has a finite logit.
+
+        Args:
+            masks: int32 [n, ceil(vocab / 32)]; bit t % 32 of word t // 32 says that token t is allowed. At least one
+                is.
+            kept: fp32 [seats, vocab], the rows' logits as `sample` has left them; may be changed.
+
+        The others, and the result, are those of `sample`.
         """
 
     def unfilter(self, rows: torch.Tensor, channels: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from autoglm.kernels.page_choice import choose_pages
 from autoglm.kernels.png import unfilter
 from autoglm.kernels.prefill_attention import prefill_attention
 from autoglm.kernels.rotary import store_keys
-from autoglm.kernels.sampling import read_seats, sample
+from autoglm.kernels.sampling import read_seats, sample, sample_late
 from autoglm.kernels.skinny import WIDEST, WIDEST_GATED, skinny
 from autoglm.quantization.int8 import Int8Weight
 from autoglm.quantization.linear import ForeignLinear
@@ -39,6 +39,7 @@ __all__ = [
     "resample",
     "rotate_heads",
     "sample",
+    "sample_late",
     "store_keys",
     "unfilter",
 ]

@@ -21,15 +21,16 @@ class Column(IntEnum):
     TOP_K = 6
     SEED_LOW = 7
     SEED_HIGH = 8
+    DEFERRED = 9  # 1: the pass leaves the choice to `Kernels.sample_late`
 
 
 WIDTH = len(Column)
 
 
-def record(params: SamplingParams, seed: int) -> list[int]:
+def record(params: SamplingParams, seed: int, deferred: bool = False) -> list[int]:
     """A sequence's record, int32 [WIDTH]. seed: from 0 to 2**64 - 1"""
     packed = struct.pack(
-        "<6f3I",
+        "<6f4I",
         params.temperature,
         params.top_p,
         params.min_p,
@@ -39,5 +40,6 @@ def record(params: SamplingParams, seed: int) -> list[int]:
         params.top_k,
         seed & 0xFFFFFFFF,
         seed >> 32,
+        deferred,
     )
     return list(struct.unpack(f"<{WIDTH}i", packed))

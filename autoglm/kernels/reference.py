@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from autoglm.kernels import WEIGHT_ONLY_ROWS, Activation, Weight
 from autoglm.kernels.reference_attention import decode_attention, prefill_attention, store_keys
-from autoglm.kernels.reference_sampling import read_seats, sample
+from autoglm.kernels.reference_sampling import read_seats, sample, sample_late
 from autoglm.kernels.reference_sparse import choose_pages, most_diverse
 from autoglm.kernels.reference_vision import image_attention, pack, patchify, resample, rotate_heads, unfilter
 from autoglm.quantization.int8 import Int8Weight
@@ -32,6 +32,7 @@ __all__ = [
     "resample",
     "rotate_heads",
     "sample",
+    "sample_late",
     "store_keys",
     "unfilter",
 ]

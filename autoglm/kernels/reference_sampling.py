@@ -4,6 +4,8 @@ import torch
 
 from autoglm.kernels.records import COUNT_MASK, Column
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def read_seats(
     seats: torch.Tensor,
@@ -26,13 +28,51 @@ def sample(
     records: torch.Tensor,
     marks: torch.Tensor,
     tokens: torch.Tensor,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    deferred = records[seats, Column.DEFERRED] != 0
+    kept[seats[deferred]] = logits[deferred]
+    chosen = torch.full_like(seats, -1)
+    now = ~deferred
+    chosen[now] = _choose(logits[now], seats[now], steps[now], records, marks, tokens)
+    return chosen
+
+
+def sample_late(
+    seats: torch.Tensor,
+    steps: torch.Tensor,
+    masks: torch.Tensor,
+    records: torch.Tensor,
+    marks: torch.Tensor,
+    tokens: torch.Tensor,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    vocab = kept.shape[1]
+    bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
+    allowed = (bits & 1).flatten(1)[:, :vocab] != 0
+    logits = kept[seats]
+    logits = logits.where(allowed & ~logits.isnan(), -torch.inf)
+    return _choose(logits, seats, steps, records, marks, tokens, allowed)
+
+
+def _choose(
+    logits: torch.Tensor,
+    seats: torch.Tensor,
+    steps: torch.Tensor,
+    records: torch.Tensor,
+    marks: torch.Tensor,
+    tokens: torch.Tensor,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     wishes = records[seats]
     numbers = wishes.view(torch.float32)
     logits = penalise(logits, marks[seats], numbers)
     drawn = numbers[:, Column.TEMPERATURE] > 0
+    logits = logits / numbers[:, Column.TEMPERATURE].where(drawn, 1)[:, None]
+    if allowed is not None:  # stays above what is not, whatever its logit was
+        logits = logits.where(~allowed, logits.clamp(-LARGEST, LARGEST))
     if drawn.any():
-        scaled = logits[drawn] / numbers[drawn, Column.TEMPERATURE, None]
+        scaled = logits[drawn]
         scaled = scaled.where(scaled >= lowest_kept(scaled, wishes[drawn]), -torch.inf)
         halves = wishes[drawn][:, [Column.SEED_LOW, Column.SEED_HIGH]]
         logits[drawn] = scaled + gumbel(halves, steps[drawn], logits.shape[1])

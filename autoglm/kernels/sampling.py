@@ -3,7 +3,7 @@
 Two launches choose. The first puts penalties, temperature and noise on all logits and finds the best of each part of
 a row; the second finds the best of these. Where a row's distribution is to be cut, the first leaves the noise out and
 the second searches the cuts' lowest logits by bisection, over bit patterns ordered as the numbers are: exact, without
-sorting.
+sorting. A choice that was left for later takes the same two launches, over logits that the first has kept.
 """
 
 import torch
@@ -23,6 +23,7 @@ REPETITION = tl.constexpr(int(layout.Column.REPETITION))
 TOP_K = tl.constexpr(int(layout.Column.TOP_K))
 SEED_LOW = tl.constexpr(int(layout.Column.SEED_LOW))
 SEED_HIGH = tl.constexpr(int(layout.Column.SEED_HIGH))
+DEFERRED = tl.constexpr(int(layout.Column.DEFERRED))
 COUNT_MASK = tl.constexpr(layout.COUNT_MASK)
 
 PART = 1024  # logits of one program
@@ -30,6 +31,7 @@ SEARCH = 4096  # logits that a search looks at together
 STEP_32 = tl.constexpr(2.0**-32)
 BELOW_1 = tl.constexpr(1 - 2.0**-24)
 FAR = tl.constexpr(104.0)  # e**-104 is 0 in fp32: what lies so far below the best is never drawn
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 def read_seats(
@@ -80,20 +82,48 @@ def sample(
     records: torch.Tensor,
     marks: torch.Tensor,
     tokens: torch.Tensor,
+    kept: torch.Tensor,
 ) -> torch.Tensor:
     """See `Kernels.sample`."""
-    rows, vocab = logits.shape
+    return _choose(logits, seats, steps, None, records, marks, tokens, kept)
+
+
+def sample_late(
+    seats: torch.Tensor,
+    steps: torch.Tensor,
+    masks: torch.Tensor,
+    records: torch.Tensor,
+    marks: torch.Tensor,
+    tokens: torch.Tensor,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    """See `Kernels.sample_late`."""
+    return _choose(kept, seats, steps, masks, records, marks, tokens, kept)
+
+
+def _choose(
+    logits: torch.Tensor,
+    seats: torch.Tensor,
+    steps: torch.Tensor,
+    masks: torch.Tensor | None,
+    records: torch.Tensor,
+    marks: torch.Tensor,
+    tokens: torch.Tensor,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    late, rows, vocab = masks is not None, len(seats), logits.shape[1]
     parts = triton.cdiv(vocab, PART)
     best = logits.new_empty(rows, parts)
     places = seats.new_empty(rows, parts)
     chosen = seats.new_empty(rows)
     numbers = records.view(torch.float32)
     _score[(rows, parts)](
-        logits, seats, steps, records, numbers, marks, best, places, vocab, parts, PART, PDL=PDL, launch_pdl=PDL
-    )
+        logits, seats, steps, masks, records, numbers, marks, kept, best, places, vocab, parts,
+        PART, LATE=late, PDL=PDL, launch_pdl=PDL,
+    )  # fmt: skip
     _settle[(rows,)](
         logits, seats, steps, records, numbers, marks, best, places, tokens, chosen, vocab, parts,
-        triton.next_power_of_2(parts), SEARCH, PDL=PDL, num_warps=16, launch_pdl=PDL,
+        triton.next_power_of_2(parts), SEARCH, LATE=late, PDL=PDL, num_warps=16, launch_pdl=PDL,
     )  # fmt: skip
     return chosen
 
@@ -106,9 +136,10 @@ def _is_cut(records, numbers):
 
 @triton.jit(do_not_specialize_on_alignment=["seats", "steps"])
 def _score(
-    logits, seats, steps, records, numbers, marks, best, places, vocab, parts, PART: tl.constexpr, PDL: tl.constexpr
-):
-    """Program (row, part)."""
+    logits, seats, steps, masks, records, numbers, marks, kept, best, places, vocab, parts,
+    PART: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row, part). LATE: the logits are the seats'."""
     pdl_launch(PDL)
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -122,7 +153,15 @@ def _score(
     temperature = tl.load(numbers + TEMPERATURE)
     token = part * PART + tl.arange(0, PART)
     inside = token < vocab
-    x = tl.load(logits + row * vocab + token, mask=inside, other=float("-inf"))
+    logits += (seat if LATE else row) * vocab
+    x = tl.load(logits + token, mask=inside, other=float("-inf"))
+    allowed = inside
+    if LATE:
+        word = tl.load(masks + row * ((vocab + 31) // 32) + token // 32, mask=inside, other=0)
+        allowed = ((word >> (token % 32)) & 1) != 0
+        x = tl.where(allowed, x, float("-inf"))
+    elif tl.load(records + DEFERRED) != 0:
+        tl.store(kept + seat * vocab + token, x, mask=inside)
     x = tl.where(x == x, x, float("-inf"))  # a NaN is never chosen, and spreads no further
     if (frequency != 0) | (presence != 0) | (repetition != 1):
         mark = tl.load(marks + seat * vocab + token, mask=inside, other=0)
@@ -131,8 +170,11 @@ def _score(
         x = tl.where(count > 0, x - (count * frequency + presence), x)
     if temperature > 0:
         x /= temperature
+    if LATE:  # what is allowed stays above what is not, whatever its logit was
+        x = tl.where(allowed, tl.minimum(tl.maximum(x, -LARGEST), LARGEST), float("-inf"))
+    if temperature > 0:
         if _is_cut(records, numbers):
-            tl.store(logits + row * vocab + token, x, mask=inside)
+            tl.store(logits + token, x, mask=inside)
         else:
             x += gumbel(records, tl.load(steps + row), part * PART, PART)
     top, place = tl.max(x, 0, return_indices=True)
@@ -143,9 +185,9 @@ def _score(
 @triton.jit(do_not_specialize_on_alignment=["seats", "steps"])
 def _settle(
     logits, seats, steps, records, numbers, marks, best, places, tokens, chosen, vocab, parts,
-    PARTS: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, SEARCH: tl.constexpr, LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row."""
+    """One program a row; it chooses if the row's turn is now, LATE or not."""
     pdl_launch(PDL)
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -156,13 +198,17 @@ def _settle(
     choice = tl.load(places + row * parts + tl.minimum(winner, parts - 1))
     records += seat * WIDTH
     numbers += seat * WIDTH
-    if _is_cut(records, numbers):
-        choice = _draw(logits + row * vocab, records, numbers, tl.load(steps + row), top, vocab, SEARCH)
-    choice = tl.minimum(choice, vocab - 1)  # whatever the logits were
-    tl.store(chosen + row, choice)
-    tl.store(tokens + seat, choice.to(tl.int64))
-    mark = marks + seat * vocab + choice
-    tl.store(mark, tl.load(mark) + 1)
+    if (tl.load(records + DEFERRED) != 0) == LATE:
+        if _is_cut(records, numbers):
+            own = logits + (seat if LATE else row) * vocab
+            choice = _draw(own, records, numbers, tl.load(steps + row), top, vocab, SEARCH)
+        choice = tl.minimum(choice, vocab - 1)  # whatever the logits were
+        tl.store(chosen + row, choice)
+        tl.store(tokens + seat, choice.to(tl.int64))
+        mark = marks + seat * vocab + choice
+        tl.store(mark, tl.load(mark) + 1)
+    else:
+        tl.store(chosen + row, -1)
 
 
 @triton.jit

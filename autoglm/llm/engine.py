@@ -11,35 +11,33 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import Config, EngineConfig, MemoryConfig, SparseAttentionConfig
-from autoglm.device import beside
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
+from autoglm.llm.grammar import token_masks
+from autoglm.llm.intake import Intake
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.prefill import largest_pass
-from autoglm.llm.prompt import Prompt, read_prompt, with_transcripts
-from autoglm.llm.pruning import prune
 from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
-from autoglm.llm.sequence import FinishReason, Output, Request, Sequence
-from autoglm.llm.sparsity import Sparsity
-from autoglm.llm.stop import stop_ids
+from autoglm.llm.sequence import FinishReason, Output, Request, Sequence, TokenLogprob
 from autoglm.memory import MemoryManager
 from autoglm.quantization.loading import Loading
 from autoglm.sampling import SamplingParams
-from autoglm.tokenizer import Detokenizer, Vocabulary
+from autoglm.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 
 GRAPHS = 2**30  # bytes that captured passes take
 INTEGRITY_S = 60.0  # at least so long between two proofs that no block is lost
+FORCED_AT_ONCE = 3  # tokens: the pass that computes them at once takes as long as about two that decode
 LONGEST_WAIT = 0.05  # seconds between looks at the deadlines of waiting requests while nothing runs
 WARM_UP_PROMPTS = (1, 16, 100, 2000)  # tokens: a prompt for each choice among kernels
 
@@ -96,6 +94,15 @@ class Engine:
         self.max_context = min(config.max_context, text.max_position_embeddings, blocks * config.block_size)
         paging = self.sparse_attention if self.sparse_attention.mode == "pages" else None
         self.runner = ModelRunner(model, cache, config.max_batch_size, self.max_context, paging)
+        self.intake = Intake(
+            checkpoint,
+            self.vocabulary,
+            model,
+            device,
+            self.max_context,
+            config.default_max_tokens,
+            self.sparse_attention,
+        )
         self.scheduler = Scheduler(
             BlockPool(blocks),
             config.block_size,
@@ -122,6 +129,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin to work; on a GPU after a warm-up, so that no request pays for what happens once."""
+        threading.Thread(target=self.intake.grammars.prepare, name="grammars", daemon=True).start()
         if self.runner.device.type == "cuda":
             if self._captures:
                 with self.memory.tag("graphs"):
@@ -148,8 +156,8 @@ class Engine:
         for number, length in enumerate(WARM_UP_PROMPTS):
             for token in (2 * number, 2 * number + 1):  # not to be found in the prefix cache
                 prompt = [token] * min(length, longest)
-                params = SamplingParams(max_tokens=4, ignore_eos=True)
-                self._accept(self._sequence(Request("warm-up", prompt, params, outputs.append)))
+                params = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=None if number else 0)
+                self._accept(self.intake.sequence(Request("warm-up", prompt, params, outputs.append)))
                 self.step()
             while self.busy:
                 self.step()
@@ -175,7 +183,7 @@ class Engine:
         which waits for the device, but for no pass. The embeddings must be there already.
         """
         try:
-            sequence = self._sequence(request)
+            sequence = self.intake.sequence(request)
         except Exception as error:
             self._refuse(request, error)
         else:
@@ -231,6 +239,8 @@ class Engine:
             self._refuse(sequence.request, error)
         else:
             self.stats.requests += 1
+            if sequence.finish_reason is not None:  # its grammar leaves nothing to choose
+                self._hand_out(sequence)
 
     @staticmethod
     def _refuse(request: Request, error: Exception) -> None:
@@ -239,42 +249,6 @@ class Engine:
             log.error("a request could not be taken in", exc_info=error)
             error = RequestError(f"the request failed: {error}", ErrorCode.INTERNAL)
         request.sink(Output(error=error))
-
-    def _sequence(self, request: Request) -> Sequence:
-        request = with_transcripts(request, self.checkpoint.audio_token_id, self.vocabulary.encode)
-        length = len(request.token_ids)
-        if not 0 < length < self.max_context:
-            raise RequestError(f"prompt: {length} tokens; allowed: 1 to {self.max_context - 1} (engine.max_context)")
-        highest = max(request.token_ids)
-        if highest >= self.checkpoint.text.vocab_size or min(request.token_ids) < 0:
-            raise RequestError(f"prompt: token id {highest}; allowed: 0 to {self.checkpoint.text.vocab_size - 1}")
-        sparsity = Sparsity.choose(self.sparse_attention, request.sampling) if request.grids else None
-        if request.embeddings is None and request.audio_embeddings is None:
-            prompt = self._prompt(request, sparsity)
-        else:
-            prompt = beside(self.runner.device, lambda: self._prompt(request, sparsity))
-        if prompt.embeddings is not None and prompt.embeddings.is_cuda:
-            prompt.embeddings.record_stream(torch.cuda.default_stream(self.runner.device))  # where passes read them
-        request = replace(request, token_ids=prompt.token_ids, embeddings=prompt.embeddings, audio_embeddings=None)
-        wanted = request.sampling.max_tokens or self.config.default_max_tokens
-        return Sequence(
-            request,
-            prompt.positions,
-            prompt.next_position,
-            prompt.media,
-            Detokenizer(self.vocabulary),
-            stop_ids(self.checkpoint.eos_token_ids, request.sampling.stop_token_ids, request.sampling.ignore_eos),
-            min(wanted, self.max_context - length),
-            sparsity,
-        )
-
-    def _prompt(self, request: Request, sparsity: Sparsity | None) -> Prompt:
-        prompt = read_prompt(request, self.checkpoint)
-        if sparsity is None or prompt.embeddings is None:
-            return prompt
-        on_device = prompt.embeddings.to(self.runner.device)
-        prompt = replace(prompt, media=sparsity.name(prompt.media), embeddings=on_device)
-        return prune(prompt, sparsity, self.runner.model.kernels) if sparsity.mode == "prune" else prompt
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -289,10 +263,11 @@ class Engine:
     def step(self) -> None:
         """Launch what the scheduler chooses, then see to what the pass before has brought."""
         chunks = self.scheduler.schedule()
-        launched = self._launch(chunks) if chunks else None
+        ahead, self._in_flight = self._in_flight, self._launch(chunks) if chunks else None
+        if ahead is not None:
+            self._collect(ahead)
         if self._in_flight is not None:
-            self._collect(self._in_flight)
-        self._in_flight = launched
+            self._choose_late(self._in_flight)
         self._count_blocks()
         if not self.busy and time.monotonic() - self._proved_at > INTEGRITY_S:
             self.scheduler.check_integrity()
@@ -307,11 +282,11 @@ class Engine:
             log.warning("a forward pass of %d sequences found too little memory: %s", len(chunks), error)
             # It is the prompts that take memory. Nothing has been sampled: the others' turn comes again.
             self._fail(
-                [chunk for chunk in chunks if not chunk.decodes] or chunks,
+                [chunk.sequence for chunk in chunks if not chunk.decodes] or [chunk.sequence for chunk in chunks],
                 RequestError(f"the GPU has not enough memory for this request: {error}", ErrorCode.UNAVAILABLE),
             )
         except Exception as error:
-            self._fail_all(chunks, error)
+            self._fail_all([chunk.sequence for chunk in chunks], error)
         else:
             self.scheduler.launched(chunks)
             return launched
@@ -323,35 +298,60 @@ class Engine:
         try:
             tokens = self.runner.collect(launched)
         except Exception as error:
-            self._fail_all(launched.chunks, error)
+            self._fail_all([chunk.sequence for chunk in launched.chunks], error)
             return
         for chunk in launched.chunks:
             self.scheduler.complete(chunk)
-        for sequence, token in tokens:
-            if sequence.gone:
-                continue
-            sequence.append(token)
-            self._count_token(sequence)
-            if sequence.finish_reason is not None:
-                self.scheduler.remove(sequence)
-            sequence.emit()
+        for sequence, token, logprob in tokens:
+            if not sequence.gone:
+                self._advance(sequence, token, logprob)
 
-    def _fail_all(self, chunks: list[Chunk], error: Exception) -> None:
-        if isinstance(error, torch.AcceleratorError):
-            raise error  # this process can use its GPU no more
-        log.error("a forward pass of %d sequences failed", len(chunks), exc_info=error)
-        self._fail(chunks, RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL))
+    def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        """Hand out a token that has come, and those that the grammar forces behind it."""
+        known = len(sequence.tokens)
+        try:
+            sequence.append(token, logprob)
+            forced = sequence.take_forced(FORCED_AT_ONCE)
+            if forced and sequence.seat is not None:
+                self.scheduler.withdraw(sequence, [] if self._in_flight is None else self._in_flight.chunks)
+                self.runner.seats.count(sequence, forced)
+        except Exception as error:
+            self._fail_all([sequence], error)
+        else:
+            self._hand_out(sequence, len(sequence.tokens) - known)
 
-    def _fail(self, chunks: list[Chunk], fault: RequestError) -> None:
-        for sequence in [chunk.sequence for chunk in chunks if not chunk.sequence.gone]:
-            self.scheduler.remove(sequence)
-            sequence.request.sink(Output(error=fault))
-
-    def _count_token(self, sequence: Sequence) -> None:
-        self.stats.generated_tokens += 1
-        if len(sequence.tokens) == sequence.prompt_length + 1:
+    def _hand_out(self, sequence: Sequence, fresh: int = 0) -> None:
+        """`fresh`: tokens that the pass has brought."""
+        if sequence.first_token_at is None:
             self.stats.prompt_tokens += sequence.prompt_length
             self.stats.cached_tokens += sequence.cached_tokens
+            fresh = len(sequence.tokens) - sequence.prompt_length
+        self.stats.generated_tokens += fresh
+        if sequence.finish_reason is not None:
+            self.scheduler.remove(sequence)
+        sequence.emit()
+
+    def _choose_late(self, launched: Pass) -> None:
+        """Launch what a pass has left behind, now that the tokens ahead of it are known."""
+        chunks = [c for c in launched.chunks if c.samples and c.sequence.deferred and not c.sequence.gone]
+        if not chunks:
+            return
+        try:
+            masks = token_masks([chunk.sequence.matcher for chunk in chunks], self.checkpoint.text.vocab_size)
+            self.runner.choose_late(launched, chunks, masks)
+        except Exception as error:
+            self._fail_all([chunk.sequence for chunk in chunks], error)
+
+    def _fail_all(self, sequences: list[Sequence], error: Exception) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise error  # this process can use its GPU no more
+        log.error("the language model failed for %d sequences", len(sequences), exc_info=error)
+        self._fail(sequences, RequestError(f"the language model failed: {error}", ErrorCode.INTERNAL))
+
+    def _fail(self, sequences: list[Sequence], fault: RequestError) -> None:
+        for sequence in [sequence for sequence in sequences if not sequence.gone]:
+            self.scheduler.remove(sequence)
+            sequence.request.sink(Output(error=fault))
 
     def _count_blocks(self) -> None:
         pool, stats = self.scheduler.pool, self.stats
@@ -363,7 +363,7 @@ class Engine:
         """As large and in such numbers as configured."""
         config, text = self.config, self.checkpoint.text
         stored_as = STORED_AS.get(config.kv_cache_dtype, dtype)
-        seats = (config.max_batch_size + 1) * text.vocab_size * 4
+        seats = (config.max_batch_size + 1) * text.vocab_size * (4 + 4)  # marks and logits
         size = self.memory.kv_cache_bytes(
             config.kv_cache_mb,
             lambda: largest_pass(model, config.max_tokens_per_step, config.max_batch_size),

@@ -13,6 +13,7 @@ from autoglm.llm.batch import ROW, Batch, MixedInput, Pages, Shape, make_rows, p
 from autoglm.llm.cross_attention import CrossModalAttention, View, find_views
 from autoglm.llm.graphs import LARGEST, Graph, capture, chunk_shapes, decode_sizes
 from autoglm.llm.kv_cache import KVCache
+from autoglm.llm.late import LateTokens, Sampled, choose_late
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.scheduler import Chunk
 from autoglm.llm.seats import Seats, visual_blocks
@@ -21,13 +22,14 @@ from autoglm.llm.thinning import thin_out
 from autoglm.llm.transfer import Arrival, Numbers, send, stage
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
-    """A launched pass: `rows` says which of the arriving tokens belong to its chunks that sample, in their order."""
+    """A launched pass: `rows` says which of the arriving tokens is each chunk's; those of deferred rows come late."""
 
     chunks: list[Chunk]
     rows: list[int]
     tokens: Arrival
+    late: LateTokens | None = None
 
 
 class ModelRunner:
@@ -80,19 +82,24 @@ class ModelRunner:
         wanted = Shape.of(chunks)
         fitting = [shape for shape in self.mixed_graphs if shape.holds(wanted) and not views]
         shape = min(fitting, key=lambda s: (s.tokens, s.singles), default=wanted)
-        places = zip(row_places(chunks, shape), chunks, strict=True)
-        rows = [place for place, chunk in places if chunk.samples]
-        launched = Pass(chunks, rows, Arrival(self._run_mixed(chunks, shape, views)))
+        launched = Pass(chunks, row_places(chunks, shape), Arrival(self._run_mixed(chunks, shape, views)))
         self._thin_out([chunk.sequence for chunk in chunks if chunk.thins])
         if self.paging is not None:
             self._summarize([chunk.sequence for chunk in chunks if chunk.samples and not chunk.decodes])
         return launched
 
-    def collect(self, launched: Pass) -> list[tuple[Sequence, int]]:
-        """Wait for a pass; its sequences that sampled, with their tokens."""
-        sampling = [chunk.sequence for chunk in launched.chunks if chunk.samples]
-        arrived = launched.tokens.wait()
-        return [(sequence, arrived[row]) for sequence, row in zip(sampling, launched.rows, strict=True)]
+    @torch.inference_mode()
+    def choose_late(self, launched: Pass, chunks: list[Chunk], masks: Numbers) -> None:
+        """Start to choose the tokens of these deferred chunks of the pass that was launched last."""
+        launched.late = choose_late(self.model.kernels, self.seats, chunks, masks)
+
+    def collect(self, launched: Pass) -> list[Sampled]:
+        """Wait for a pass; its sequences that sampled, with their tokens and, where wanted, how probable these were."""
+        arrived = launched.tokens.wait().tolist()
+        places = zip(launched.rows, launched.chunks, strict=True)
+        sampling = [(row, c.sequence) for row, c in places if c.samples and not c.sequence.deferred]
+        sampled: list[Sampled] = [(sequence, arrived[row], None) for row, sequence in sampling]
+        return sampled if launched.late is None else sampled + launched.late.wait()
 
     def _views(self, chunks: list[Chunk]) -> list[View]:
         """What text looks at images in a way of its own; a pass with such text has no graph."""
@@ -204,7 +211,7 @@ class ModelRunner:
         return model(hidden, CrossModalAttention(attention, views) if views else attention)  # type: ignore[no-any-return]
 
     def _sample(self, hidden: torch.Tensor, seats: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        kept = self.seats.records, self.seats.marks, self.seats.tokens
+        kept = self.seats.records, self.seats.marks, self.seats.tokens, self.seats.logits
         return self.model.kernels.sample(self.model.logits(hidden), seats, steps, *kept)
 
 

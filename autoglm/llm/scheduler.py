@@ -8,7 +8,7 @@ push out less urgent ones, which are computed again later.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
@@ -114,6 +114,18 @@ class Scheduler:
             sequence.in_flight += 1
             if chunk.thins:
                 self._move(sequence)
+
+    def withdraw(self, sequence: Sequence, chunks: list[Chunk]) -> None:
+        """Note that a sequence has got tokens behind its last sampled one: a later pass is to compute them.
+
+        Args:
+            chunks: of the pass that has been launched since; there the sequence samples no more.
+        """
+        sequence.decodes = False
+        for place, chunk in enumerate(chunks):
+            if chunk.sequence is sequence:
+                chunks[place] = replace(chunk, samples=False)
+                sequence.pending -= chunk.samples
 
     def complete(self, chunk: Chunk) -> None:
         """Note that the chunk's keys and values are written, and name the blocks that are full now."""

@@ -31,6 +31,7 @@ class Seats:
         self.tokens = torch.zeros(count + 1, dtype=torch.int64, device=device)  # the last sampled
         self.tables = torch.zeros(count + 1, max_blocks, dtype=torch.int32, device=device)  # blocks
         self.marks = torch.zeros(count + 1, vocab, dtype=torch.int32, device=device)  # see `records`
+        self.logits = torch.zeros(count + 1, vocab, device=device)  # of the last pass, where the choice is deferred
         harmless = torch.tensor(record(SamplingParams(), 0), dtype=torch.int32)
         self.records = harmless.repeat(count + 1, 1).to(device)
 
@@ -46,7 +47,7 @@ class Seats:
             places += [_seat(sequence) * vocab + token for token in found]
             marks += found.values()
             self.marks[_seat(sequence)].zero_()
-        records = [record(sequence.request.sampling, sequence.seed) for sequence in sequences]
+        records = [record(s.request.sampling, s.seed, s.deferred) for s in sequences]
         arrays = [list(map(_seat, sequences)), records, places, marks]
         seats, rows, where, values = send([np.array(array, np.int32) for array in arrays], self.tokens.device)
         self.records.index_copy_(0, seats.long(), rows.view(-1, WIDTH))
@@ -60,6 +61,11 @@ class Seats:
             visual, kept = send([np.stack(blocks), np.array(counts, np.int32)], self.tokens.device)
             self.visual.index_copy_(0, seats.long(), visual)
             self.kept.index_copy_(0, seats.long(), kept)
+
+    def count(self, sequence: Sequence, tokens: Seq[int]) -> None:
+        """Mark tokens that the answer of a sequence in its seat has got without being sampled."""
+        (added,) = send([np.array(tokens, np.int32)], self.tokens.device)
+        self.marks[_seat(sequence)].scatter_add_(0, added.long(), torch.ones_like(added))
 
 
 def count_marks(sequence: Sequence) -> Counter[int]:

@@ -17,6 +17,7 @@ from autoglm.sampling import SamplingParams
 if TYPE_CHECKING:
     import torch
 
+    from autoglm.llm.grammar import Matcher
     from autoglm.tokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
@@ -40,13 +41,24 @@ class Usage:
     decode_ms: float
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a token was to the model, before penalties, temperature, cuts and any grammar: its natural
+    logarithm, and those of the most probable tokens, highest first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class Output:
     """The next piece of an answer. The last one has a finish reason and the usage, or an error; the first one has the
-    transcripts of the request's clips."""
+    transcripts of the request's clips. `logprobs` has one item per token if the request asks for them, else none."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     transcripts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
@@ -112,9 +124,10 @@ class Sequence:
         stop_ids: frozenset[int],
         max_tokens: int,
         sparsity: Sparsity | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         """`media` are all, in the order of their embeddings; `sparsity` is None for what has no images, or sees all of
-        them."""
+        them; `matcher` follows the answer through its grammar, if it has one."""
         self.request = request
         self.tokens = list(request.token_ids)
         self.prompt_length = len(self.tokens)
@@ -123,6 +136,8 @@ class Sequence:
         self.media = media
         self.images = [span for span in media if span.visual]
         self.sparsity = sparsity
+        self.matcher = matcher
+        self.deferred = matcher is not None or request.sampling.logprobs is not None  # chosen late, see `late`
         self.visual = sum(span.length for span in self.images)
         self.max_length = self.prompt_length + max_tokens
         self.computed = 0
@@ -150,6 +165,7 @@ class Sequence:
         self._detokenizer = detokenizer
         self._stop_ids = stop_ids
         self._stops = StopStrings(request.sampling.stop)
+        self._cut = False  # at a stop string
         self._piece = Output(transcripts=[clip.transcript for clip in request.clips if not clip.tokens])
 
     @property
@@ -201,26 +217,49 @@ class Sequence:
             self.keys.append(prefix_key(parent, self.tokens[start : start + block_size], start, self.media))
         return self.keys[index]
 
-    def append(self, token_id: int) -> None:
-        """Take a sampled token; sets `finish_reason` where it ends the answer."""
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
+    def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Take the answer's next token; sets `finish_reason` where it ends the answer.
+
+        Raises:
+            RuntimeError: the grammar refuses the token.
+        """
         self.tokens.append(token_id)
         self._piece.token_ids.append(token_id)
+        if logprob is not None:
+            self._piece.logprobs.append(logprob)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)  # ends of text, too: they are all that a grammar that has failed allows
         if token_id in self._stop_ids:
             self.finish_reason = "stop"
             return
-        shown, stopped = self._stops.add(self._detokenizer.add(token_id))
+        shown, self._cut = self._stops.add(self._detokenizer.add(token_id))
         self._piece.text += shown
-        if stopped:
+        if self._cut or (self.matcher is not None and self.matcher.done):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_length:
             self.finish_reason = "length"
 
+    def take_forced(self, least: int) -> list[int]:
+        """Take the tokens that the grammar forces, if they are at least so many; returns them.
+
+        None where log probabilities are wanted: those come from a pass of each token's own.
+        """
+        if self.matcher is None or self.request.sampling.logprobs is not None or self.finish_reason is not None:
+            return []
+        forced = self.matcher.forced()
+        known = len(self.tokens)
+        for token_id in forced if len(forced) >= least else ():
+            self.append(token_id)
+            if self.finish_reason is not None:
+                break
+        return self.tokens[known:]
+
     def emit(self) -> None:
         """Hand the piece that is due to the sink: each token's when streaming, else the whole at the end."""
+        if self.first_token_at is None and self._piece.token_ids:
+            self.first_token_at = time.monotonic()
         if self.finish_reason is not None:
-            if not self._stopped_by_string:
+            if not self._cut:
                 shown, _ = self._stops.add(self._detokenizer.flush())
                 self._piece.text += shown + self._stops.flush()
             self._piece.finish_reason = self.finish_reason
@@ -229,10 +268,6 @@ class Sequence:
             return
         piece, self._piece = self._piece, Output()
         self.request.sink(piece)
-
-    @property
-    def _stopped_by_string(self) -> bool:
-        return self.finish_reason == "stop" and self.tokens[-1] not in self._stop_ids
 
     def _usage(self) -> Usage:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Whole numbers on their way to the device and back. Nothing here waits but `Arrival.wait`."""
+"""Numbers on their way to the device and back. Nothing here waits but `Arrival.wait`."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ class Arrival:
             self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def wait(self) -> list[int]:
+    def wait(self) -> torch.Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        return self._host

@@ -30,12 +30,14 @@ from autoglm_client.errors import (
     ServerError,
     ServerUnavailable,
 )
+from autoglm_client.logprobs import Alternative, TokenLogprob
 from autoglm_client.parser import Answer, parse
 from autoglm_client.result import Piece, Result, Usage
 
 __all__ = [
     "Action",
     "ActionError",
+    "Alternative",
     "Answer",
     "AsyncClient",
     "AsyncStream",
@@ -62,6 +64,7 @@ __all__ = [
     "Swipe",
     "TakeOver",
     "Tap",
+    "TokenLogprob",
     "Type",
     "TypeName",
     "Usage",

@@ -25,10 +25,12 @@ from autoglm_client.thought import ThoughtFilter
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # Subcommands of other distributions: functions that take the parser's subcommands, and add one with a default `run`.
 PLUG_INS = "autoglm.commands"
+JSON_FORMATS = ("json_object", "json_schema")  # an answer of these holds no action
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 an action came, 1 the server failed or gave none, 2 wrong usage."""
+    """Run the command; returns its exit code: 0 an action, or the JSON asked for, came, 1 the server failed or gave
+    none, 2 wrong usage."""
     options = _options(argv)
     if hasattr(options, "run"):
         code: int = options.run(options)
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [image_bytes(Path(name)) for name in options.image]
         sounds = [audio_bytes(Path(name)) for name in options.audio]
         system = options.system.read_text("utf-8") if options.system else None
+        options.response_format = _response_format(options.response_format)
+        if options.draw and _asks_for_json(options):
+            raise ValueError("--draw: an answer in JSON holds no action to draw")
         if options.draw:
             _check_drawing(images, options.draw)
         if options.record:
@@ -66,6 +71,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     ask.add_argument("--server", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
     ask.add_argument("--max-tokens", type=int, metavar="N")
     ask.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    ask.add_argument(
+        "--response-format", metavar="FORMAT", help="phone_action, json_object, or a JSON file with OpenAI's object"
+    )
     ask.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="for the whole answer (%(default)s)"
     )
@@ -111,6 +119,23 @@ def _check_drawing(images: list[bytes], target: Path) -> None:
         raise ValueError(f"--draw: there is no directory {target.parent}")
 
 
+def _response_format(given: str | None) -> Any:
+    """The request's option for what the command line says. Raises OSError or ValueError."""
+    if given is None:
+        return None
+    if given in ("phone_action", "json_object"):
+        return {"type": given}
+    try:
+        return json.loads(Path(given).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--response-format: {given} is no JSON file: {error}") from None
+
+
+def _asks_for_json(options: argparse.Namespace) -> bool:
+    wanted = options.response_format
+    return isinstance(wanted, dict) and wanted.get("type") in JSON_FORMATS
+
+
 def _ask(options: argparse.Namespace, images: list[bytes], sounds: list[bytes], system: str | None) -> Result:
     question: dict[str, Any] = {"prompt": options.task}
     if system is not None:
@@ -121,13 +146,14 @@ def _ask(options: argparse.Namespace, images: list[bytes], sounds: list[bytes], 
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "audio_mode": options.audio_mode,
+        "response_format": options.response_format,
     }
     # Leaving these blocks, also by Ctrl-C, stops the request on the server.
     with (
         Client(options.server, timeout=options.timeout) as client,
         client.stream(images=images, audio=sounds, **question, **sampling) as stream,
     ):
-        if not (options.quiet or options.json):
+        if not (options.quiet or options.json or _asks_for_json(options)):
             _show_thought(stream)
         return stream.result()
 
@@ -153,12 +179,16 @@ def _report(options: argparse.Namespace, images: list[bytes], result: Result) ->
     action = result.action
     if options.json:
         print(json.dumps(_as_json(result), ensure_ascii=False))
+    elif _asks_for_json(options):
+        print(result.text)
     elif action:
         print(action)
     if not (options.quiet or options.json):
         for transcript in result.transcripts:
             print(f"heard: {transcript}", file=sys.stderr)
         print(_timing(result), file=sys.stderr)
+    if _asks_for_json(options):
+        return OK if result.finish_reason == "stop" else _complain(f"ended early: {result.finish_reason}", FAILED)
     if not action:
         return _complain(f"the answer holds no action ({result.action_error}): {result.text[-200:]!r}", FAILED)
     if options.draw:

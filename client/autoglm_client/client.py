@@ -188,7 +188,8 @@ class Client:
 
         `messages` (an OpenAI-style chat) or `prompt` (a user's turn, which may be empty beside `audio`); `images` and
         `audio` in the order of their placeholders; `sampling`: audio_mode, max_tokens, temperature, top_p, ..., lists
-        for `stop` and `stop_token_ids`. Raises AutoGLMError.
+        for `stop` and `stop_token_ids`, `response_format={"type": "phone_action"}` for an answer that always is an
+        action, `logprobs=3` for the log probability of each token beside three alternatives. Raises AutoGLMError.
         """
         limit = self._timeout if timeout is None else timeout
         request = wire.inference_request(

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field, fields
 
 from autoglm_client.actions import Action
 from autoglm_client.errors import ActionError, Cancelled, RequestTimeout, ServerError
+from autoglm_client.logprobs import TokenLogprob, read_logprobs
 from autoglm_client.parser import Answer, parse
 from autoglm_client.thought import find_action
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the answer: its text, and the ids of the tokens that it is made of."""
+    """A part of the answer: its text, the ids of the tokens that it is made of, and their log probabilities if the
+    request asks for them."""
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Usage:
 @dataclass(frozen=True)
 class Result:
     """A complete answer. `finish_reason` is "stop" or "length"; seconds are measured by the client; `transcripts` are
-    what the server heard, one for each sound that was transcribed."""
+    what the server heard, one for each sound that was transcribed; `logprobs` has one item for each token if the
+    request asks for them."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -62,6 +66,7 @@ class Result:
     first_piece_seconds: float
     total_seconds: float
     transcripts: tuple[str, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def thought(self) -> str:
@@ -90,13 +95,14 @@ class Result:
 @dataclass(frozen=True)
 class Response:
     """One response of the server, decoded; `finish_reason` and `usage` are empty until the last, `transcripts` come
-    with the first."""
+    with the first; `logprobs` is JSON, empty unless asked for."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: str = ""
     usage: str = ""
     transcripts: tuple[str, ...] = ()
+    logprobs: str = ""
 
 
 @dataclass
@@ -106,6 +112,7 @@ class Transcript:
     request_id: str
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
     _heard: list[str] = field(default_factory=list)
     _last: Response = field(default_factory=Response)
     _begun: float = field(default_factory=time.perf_counter)
@@ -119,12 +126,14 @@ class Transcript:
     def add(self, response: Response) -> Piece | None:
         """Take a response in; the piece to hand out, or None when it carries no new text and no tokens.
 
-        Raises Cancelled or RequestTimeout when the server says that it ended the request for that reason.
+        Raises Cancelled or RequestTimeout when the server says that it ended the request for that reason, Unreadable
+        when log probabilities cannot be read.
         """
         if response.finish_reason == "cancelled":
             raise Cancelled("the server was told to stop this request")
         if response.finish_reason == "timeout":
             raise RequestTimeout("the request's time ran out on the server")
+        logprobs = read_logprobs(response.logprobs)
         self._heard.extend(response.transcripts)
         if response.finish_reason:
             self._last = response
@@ -134,7 +143,8 @@ class Transcript:
             self._first_piece_seconds = time.perf_counter() - self._begun
         self._texts.append(response.text)
         self._token_ids.extend(response.token_ids)
-        return Piece(response.text, response.token_ids)
+        self._logprobs.extend(logprobs)
+        return Piece(response.text, response.token_ids, logprobs)
 
     def result(self) -> Result:
         """The complete answer. Raises ServerError when the stream ended before a finish reason."""
@@ -149,4 +159,5 @@ class Transcript:
             first_piece_seconds=self._first_piece_seconds,
             total_seconds=time.perf_counter() - self._begun,
             transcripts=tuple(self._heard),
+            logprobs=tuple(self._logprobs),
         )

@@ -20,7 +20,7 @@ ENSEMBLE = "ensemble"
 LANGUAGE_MODEL = "autoglm_llm"  # the ensemble's last step, which a stop request is sent to
 
 Messages = str | Sequence[Mapping[str, Any]]
-SamplingValue = str | int | float | bool | Sequence[str] | Sequence[int] | None
+SamplingValue = str | int | float | bool | Sequence[str] | Sequence[int] | Mapping[str, Any] | None
 
 # Triton takes a gRPC parameter called `priority` for its own scheduler and hides it from the models.
 _SENT_AS = {"priority": "request_priority"}
@@ -104,6 +104,7 @@ def read_response(message: Any) -> Response:
             finish_reason=_string(raw.get("FINISH_REASON")),
             usage=_string(raw.get("USAGE")),
             transcripts=tuple(_strings(raw.get("TRANSCRIPTS", b""))),
+            logprobs=_string(raw.get("LOGPROBS")),
         )
     except (ValueError, struct.error) as error:
         raise Unreadable(f"a response cannot be read: {error}") from None
@@ -158,7 +159,8 @@ def _add_parameter(request: Any, name: str, value: SamplingValue) -> None:
             parameter.double_param = value
         elif isinstance(value, str):
             parameter.string_param = value
-        else:  # parameters are scalars: a list travels as JSON
-            parameter.string_param = json.dumps(list(value or ()), ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        else:  # parameters are scalars: an object or a list travels as JSON
+            plain = dict(value) if isinstance(value, Mapping) else list(value or ())
+            parameter.string_param = json.dumps(plain, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name}: {str(value)[:80]} given; {error}") from None

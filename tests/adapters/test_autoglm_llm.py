@@ -54,6 +54,16 @@ def test_streams_end_with_reason_and_usage(model: Any) -> None:
         assert usage["prompt_tokens"] == 9 and usage["completion_tokens"] == 6
 
 
+def test_log_probabilities_come_with_their_tokens(model: Any) -> None:
+    request = make_request(random_text(9, 7), parameters={"logprobs": 2})
+    model.execute([request])
+    for response in finished(request):
+        told = response["LOGPROBS"].as_numpy()[0]
+        items = json.loads(told) if told else []
+        assert len(items) == len(response["TOKEN_IDS"].as_numpy())
+        assert all(len(item["top_logprobs"]) == 2 for item in items)
+
+
 def test_images_reach_the_model(model: Any, plain: Pair) -> None:
     """Other embeddings give other tokens, and the media's times come back."""
     prompt = random_prompt(plain.checkpoint, [GRID], 1)
@@ -99,6 +109,7 @@ def test_gone_caller_is_noticed(model: Any) -> None:
     ("request_", "message"),
     [
         (make_request([1, 2], parameters={"top_p": 3}), "INVALID_ARGUMENT: top_p"),
+        (make_request([1, 2], parameters={"response_format": "{}"}), "INVALID_ARGUMENT: response_format"),
         (make_request([]), "INVALID_ARGUMENT: prompt"),
         (make_request([999_999]), "INVALID_ARGUMENT: prompt"),
         (make_request([1], cancelled=True), "CANCELLED"),

@@ -18,6 +18,15 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 ANSWER = ["<think>点", "设置", "</think>", "<answer>", 'do(action="Tap", ', "element=[517,233])"]
+LOGPROBS = [
+    {
+        "token": "do",
+        "bytes": [100, 111],
+        "logprob": -0.25,
+        "top_logprobs": [{"token": "\\xe7", "bytes": [231], "logprob": -0.125}],
+    },
+    {"token": "<|end|>", "bytes": None, "logprob": -9999.0, "top_logprobs": []},
+]
 USAGE = {
     "prompt_tokens": 40,
     "image_tokens": 32,
@@ -81,6 +90,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def _answer(self, request: Any, stop: threading.Event, context: grpc.ServicerContext) -> Iterator[Any]:
         prompt = inputs(request).get("PROMPT", [b""])[0].decode()
         verb, _, argument = prompt.partition(":")
+        logprobs = json.dumps(LOGPROBS) if "logprobs" in request.parameters else ""
         heard = [f"{len(file)} bytes" for file in inputs(request).get("AUDIO", [])]
         if verb == "abort":
             code, _, details = argument.partition(":")
@@ -104,16 +114,17 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             yield response("a ")
             yield response(finish_reason=argument, usage="{}")
         elif verb == "unreadable":
-            broken = response("a ")
-            broken.infer_response.raw_output_contents[0] = b"\x09\0\0\0"
+            broken = response("a ", logprobs=argument)
+            if not argument:
+                broken.infer_response.raw_output_contents[0] = b"\x09\0\0\0"
             yield broken
             stop.wait(20)
         elif request.parameters["stream"].bool_param:
             for number, text in enumerate(ANSWER):
-                yield response(text, [number, number], heard=heard if number == 0 else ())
+                yield response(text, [number, number], heard=heard if number == 0 else (), logprobs=logprobs)
             yield response(finish_reason="stop", usage=json.dumps(USAGE))
         else:
-            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE), heard)
+            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE), heard, logprobs)
 
 
 def response(
@@ -122,6 +133,7 @@ def response(
     finish_reason: str = "",
     usage: str = "",
     heard: Sequence[str] = (),
+    logprobs: str = "",
 ) -> Any:
     """A response of the ensemble."""
     message = service_pb2.ModelStreamInferResponse()
@@ -129,6 +141,7 @@ def response(
     for name, datatype, shape, content in (
         ("TEXT", "BYTES", [1], strings(text)),
         ("TOKEN_IDS", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids)),
+        ("LOGPROBS", "BYTES", [1], strings(logprobs)),
         ("TRANSCRIPTS", "BYTES", [len(heard)], b"".join(map(strings, heard))),
         ("FINISH_REASON", "BYTES", [1], strings(finish_reason)),
         ("USAGE", "BYTES", [1], strings(usage)),

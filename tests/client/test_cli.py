@@ -19,7 +19,7 @@ from autoglm_client import cli
 from autoglm_client.cli import main
 from PIL import Image
 
-from tests.client.fake_server import FakeServer, inputs
+from tests.client.fake_server import ANSWER, FakeServer, inputs
 
 Output = pytest.CaptureFixture[str]
 
@@ -95,6 +95,23 @@ def test_system_prompt_makes_a_chat(fake: FakeServer, screen: Path, capsys: Outp
     ]
 
 
+def test_a_response_format_is_a_word_or_a_file(fake: FakeServer, tmp_path: Path, capsys: Output) -> None:
+    file = tmp_path / "format.json"
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    file.write_text(json.dumps(wanted), "utf-8")
+    asked = ["ask", "x", "--server", fake.url, "--response-format"]
+    assert main([*asked, "phone_action"]) == 0
+    assert capsys.readouterr().out == '点设置\ndo(action="Tap", element=[517,233])\n'
+    for given in (str(file), "json_object"):  # an answer in JSON is printed as it is
+        assert main([*asked, given]) == 0
+        assert capsys.readouterr().out == "".join(ANSWER) + "\n"
+    sent = [json.loads(request.parameters["response_format"].string_param) for request in fake.requests]
+    assert sent == [{"type": "phone_action"}, wanted, {"type": "json_object"}]
+    asked[1] = "finish:length"
+    assert main([*asked, "json_object"]) == 1
+    assert capsys.readouterr().err.endswith("autoglm: ended early: length\n")
+
+
 WRONG = [
     ([], "command"),
     (["ask"], "task"),
@@ -116,12 +133,17 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: Output) -> 
 def test_wrong_files(tmp_path: Path, screen: Path, capsys: Output) -> None:
     text = tmp_path / "text.png"
     text.write_text("no image")
+    schema = tmp_path / "schema.json"
+    schema.write_text("{")
     for arguments, message in (
         (["--image", str(tmp_path / "none.png")], "No such file"),
         (["--image", str(screen), "--system", str(tmp_path / "none.txt")], "No such file"),
         (["--image", str(text), "--draw", str(tmp_path / "out.png")], "not an image file"),
         (["--image", str(screen), "--draw", str(tmp_path / "out.what")], "no ending of an image format"),
         (["--image", str(screen), "--draw", str(tmp_path / "none" / "out.png")], "no directory"),
+        (["--response-format", "phone_acton"], "phone_acton"),
+        (["--response-format", str(schema)], "schema.json is no JSON file"),
+        (["--image", str(screen), "--draw", "out.png", "--response-format", "json_object"], "no action to draw"),
     ):
         assert main(["ask", "x", *arguments]) == 2
         error = capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from autoglm_client import (
+    Alternative,
     AutoGLMError,
     Cancelled,
     Client,
@@ -20,6 +21,7 @@ from autoglm_client import (
     ServerError,
     ServerUnavailable,
     Tap,
+    TokenLogprob,
     Usage,
 )
 from PIL import Image
@@ -42,6 +44,18 @@ def test_streams_pieces_and_then_the_result(fake: FakeServer) -> None:
     )
     assert 0 < result.first_piece_seconds <= result.total_seconds
     assert not fake.stopped[result.request_id].is_set()  # nothing to stop
+
+
+def test_log_probabilities_come_with_each_piece(fake: FakeServer) -> None:
+    do = TokenLogprob("do", b"do", -0.25, (Alternative("\\xe7", b"\xe7", -0.125),))
+    end = TokenLogprob("<|end|>", None, -9999.0, ())
+    with Client(fake.url) as client:
+        with client.stream(prompt="打开设置", logprobs=1) as stream:
+            pieces = list(stream)
+            result = stream.result()
+        assert [piece.logprobs for piece in pieces] == [(do, end)] * 6
+        assert result.logprobs == (do, end) * 6
+        assert client.generate(prompt="打开设置").logprobs == ()
 
 
 def test_generate_asks_for_one_response(fake: FakeServer) -> None:
@@ -75,6 +89,8 @@ def test_sends_what_it_is_given(fake: FakeServer, tmp_path: Path) -> None:
             stop_token_ids=[1, 2],
             seed=None,
             priority=3,
+            response_format={"type": "phone_action"},
+            logprobs=0,
         )
     request = fake.requests[0]
     sent = inputs(request)
@@ -92,6 +108,8 @@ def test_sends_what_it_is_given(fake: FakeServer, tmp_path: Path) -> None:
         "ignore_eos": True,
         "stop": '["。", "x"]',
         "stop_token_ids": "[1, 2]",
+        "response_format": '{"type": "phone_action"}',
+        "logprobs": 0,
         "request_priority": 3,  # Triton would keep `priority` for itself
     }
 
@@ -101,7 +119,8 @@ def test_refuses_what_cannot_be_sent(fake: FakeServer) -> None:
         for wrong in ({}, {"prompt": "a", "messages": []}, {"messages": [{"content": object()}]}):
             with pytest.raises(InvalidRequest, match="messages"):
                 client.generate(**wrong)  # type: ignore[arg-type]
-        for name, value in (("seed", 2**70), ("sequence_id", 1), ("triton_x", 1), ("max_tokens", object())):
+        values = {"seed": 2**70, "sequence_id": 1, "triton_x": 1, "max_tokens": object(), "response_format": {"a": {1}}}
+        for name, value in values.items():
             with pytest.raises(InvalidRequest, match=name):
                 client.generate(prompt="a", **{name: value})  # type: ignore[arg-type]
         with pytest.raises(FileNotFoundError):
@@ -135,6 +154,9 @@ FAULTS = [
     ("finish:timeout", RequestTimeout, "ran out"),
     ("finish:", ServerError, "without a finish reason"),
     ("unreadable", ServerError, "cannot be read"),
+    ("unreadable:{", ServerError, "^LOGPROBS is no list of tokens: '{'$"),
+    ('unreadable:[{"token": "a"}]', ServerError, "^LOGPROBS is no list of tokens"),
+    ("unreadable:[1]", ServerError, "^LOGPROBS is no list of tokens"),
 ]
 
 

@@ -105,6 +105,15 @@ BAD_PARAMETERS: dict[str, dict[str, Any]] = {
     "max_pixels over the server's": {"max_pixels": 2**40},
     "max_pixels below one token": {"max_pixels": 1000},
     "min_pixels as text": {"min_pixels": "few"},
+    "logprobs over 20": {"logprobs": 21},
+    "logprobs as true": {"logprobs": True},
+    "response_format as a word": {"response_format": "phone_action"},
+    "response_format of an unknown type": {"response_format": '{"type": "xml"}'},
+    "response_format without a schema": {"response_format": '{"type": "json_schema", "json_schema": {}}'},
+    "response_format with no schema of JSON's": {
+        "response_format": '{"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}'
+    },
+    "max_tokens below an action's": {"max_tokens": 5, "response_format": '{"type": "phone_action"}'},
     "unknown": {"temprature": 0.5},
 }
 
@@ -137,7 +146,8 @@ def test_http_status(server: TritonServer) -> None:
 
 @pytest.mark.parametrize("name", BAD_PARAMETERS)
 def test_bad_parameter(server: TritonServer, name: str) -> None:
-    ((parameter, _),) = BAD_PARAMETERS[name].items()
+    """The first of them is at fault."""
+    parameter = next(iter(BAD_PARAMETERS[name]))
     with pytest.raises(InferenceServerException) as refused:
         ask(server, {"PROMPT": ["hello"]}, **BAD_PARAMETERS[name])
     assert "INVALID_ARGUMENT: " in refused.value.message()

@@ -23,6 +23,7 @@ class Reply:
     finish_reason: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
     transcripts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -74,6 +75,8 @@ class Call:
                 reply.texts.append(piece.as_numpy("TEXT")[0].decode())
                 reply.token_ids += piece.as_numpy("TOKEN_IDS").tolist()
                 reply.transcripts += [text.decode() for text in piece.as_numpy("TRANSCRIPTS").tolist()]
+                told = piece.as_numpy("LOGPROBS")[0]
+                reply.logprobs += json.loads(told) if told else []
                 reply.finish_reason = piece.as_numpy("FINISH_REASON")[0].decode()
                 usage = piece.as_numpy("USAGE")[0]
                 reply.usage = json.loads(usage) if usage else {}

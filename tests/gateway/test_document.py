@@ -1,6 +1,7 @@
 """Whatever the OpenAPI document allows, and what it does not, is answered without a fault of the server."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import pytest
 from autoglm.audio.speech import Mode
 from autoglm.errors import RequestError
 from autoglm.media import DATA_URL
-from autoglm.sampling import CHECKS
+from autoglm.response_format import KINDS
+from autoglm.sampling import CHECKS, MAX_LOGPROBS
 from autoglm_launcher.server import TritonServer
 from gateway.app import create_app
 from gateway.document import EXAMPLES, PIXELS
@@ -30,7 +32,7 @@ def ranges() -> Iterator[tuple[str, dict[str, Any]]]:
     """The fields that the server behind checks, with the keywords that the document has for their values."""
     for name, field in document()["components"]["schemas"]["ChatRequest"]["properties"].items():
         if name in CHECKS and name != "timeout":  # which the gateway takes in seconds, and checks itself
-            [kind] = [kind for kind in field["anyOf"] if kind["type"] in ("integer", "number")] or [{}]
+            [kind] = [kind for kind in field["anyOf"] if kind.get("type") in ("integer", "number")] or [{}]
             yield name, kind
 
 
@@ -57,6 +59,13 @@ def test_every_number_has_a_range_and_every_word_is_one_of_some() -> None:
         assert list(fields[name]["anyOf"][0]["enum"]) == words.split()
         for word in words.split() if name in CHECKS else ():
             CHECKS[name](name, word)
+    formats = [each["$ref"].rpartition("/")[2] for each in fields["response_format"]["anyOf"][0]["oneOf"]]
+    schemas = document()["components"]["schemas"]
+    assert tuple(schemas[name]["properties"]["type"]["const"] for name in formats) == KINDS
+    assert fields["top_logprobs"]["anyOf"][0] == {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}
+    CHECKS["logprobs"]("logprobs", MAX_LOGPROBS)
+    label = schemas["JsonSchema"]["properties"]["name"]["anyOf"][0]["pattern"]
+    assert re.search(label, "a-Z_9") and not re.search(label, "a b")
     assert Mode.__args__ == ("transcript", "bridge")  # type: ignore[attr-defined]
     stop, stops = fields["stop"]["anyOf"][:2]
     CHECKS["stop"]("stop", ["x" * stop["minLength"]] * stops["maxItems"])

@@ -162,8 +162,12 @@ def test_refusals_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
     refused("temperature", temperature=11)  # by the server
     refused("temperature", temperature=11, stream=True)
     refused("n", n=5)
-    refused("logprobs", logprobs=True)
-    refused("response_format.type", response_format={"type": "json_object"})
+    refused("top_logprobs", top_logprobs=3)
+    refused("top_logprobs", logprobs=True, top_logprobs=21)
+    refused("response_format.type", response_format={"type": "xml"})
+    wizard = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}
+    refused("response_format", response_format=wizard)  # by the server
+    refused("max_tokens", max_tokens=5, response_format={"type": "phone_action"})
     refused("tools", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
     refused("service_tier", service_tier="flex")
     refused("max_tokenz", extra_body={"max_tokenz": 3})

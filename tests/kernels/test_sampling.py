@@ -34,9 +34,23 @@ def store_bits(out, low, high, step, COUNT: tl.constexpr):  # type: ignore[no-un
     tl.store(out + places, sampling.noise_bits(low, high, tl.load(step), tl.program_id(0) * COUNT, COUNT))
 
 
-def make_records(kinds: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-    rows = [record(SamplingParams(**kind), 2**63 - 5 * i) for i, kind in enumerate(kinds)]
+def make_records(kinds: list[dict[str, Any]], device: torch.device, deferred: int = 0) -> torch.Tensor:
+    """The last `deferred` of them are."""
+    first = len(kinds) - deferred
+    rows = [record(SamplingParams(**kind), 2**63 - 5 * i, i >= first) for i, kind in enumerate(kinds)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def no_more(seats: int, vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Somewhere for the tokens, and for logits that nobody keeps."""
+    return torch.zeros(seats, dtype=torch.int64, device=device), torch.zeros(seats, vocab, device=device)
+
+
+def pack_masks(allowed: torch.Tensor) -> torch.Tensor:
+    """bool [n, vocab] -> int32 [n, ceil(vocab / 32)], with ones behind the vocabulary."""
+    padded = torch.nn.functional.pad(allowed, (0, -allowed.shape[1] % 32), value=True)
+    bits = padded.view(len(allowed), -1, 32).long() << torch.arange(32)
+    return bits.sum(-1).to(torch.int32)
 
 
 def test_philox_is_philox() -> None:
@@ -77,14 +91,76 @@ def test_sample_equals_its_twin(vocab: int, seed: int, device: torch.device) -> 
         space[1:-1] = logits
         copies = [t.to(device, copy=True) for t in (seats, steps, records, marks)]
         tokens = torch.full((count,), -7, device=device)
-        chosen = module.sample(space[1:-1], *copies, tokens)
+        kept = torch.full((count, vocab), -5.0, device=device)
+        chosen = module.sample(space[1:-1], *copies, tokens, kept)
         assert space[0].isnan().all() and space[-1].isnan().all()
+        assert (kept == -5).all()
         results.append((chosen, tokens, copies[3]))
     for ours, wanted in zip(results[1], results[0], strict=True):
         assert torch.equal(ours, wanted)
     chosen, tokens, counted = results[0]
     assert torch.equal(tokens[seats.long()].int(), chosen)
     assert ((counted.cpu() - marks).sum(1) == torch.zeros(count).index_fill(0, seats.long(), 1)).all()
+
+
+@pytest.mark.parametrize("vocab", [12, 384, 1024, 2500])
+@pytest.mark.parametrize("seed", range(3))
+def test_late_choice_equals_its_twin_and_that_of_masked_logits(vocab: int, seed: int, device: torch.device) -> None:
+    """All kinds of rows, at once and deferred; the latter leave nothing but their logits behind before their turn."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = list(KINDS.values())
+    rows, count, late = 2 * len(kinds), 2 * len(kinds) + 3, len(kinds)
+    order = torch.randperm(count, generator=generator)[:rows].int()
+    records, plain = (torch.full((count, WIDTH), 2**31 - 1, dtype=torch.int32) for _ in range(2))
+    records[order.long()] = make_records(kinds * 2, torch.device("cpu"), late)
+    plain[order.long()] = make_records(kinds * 2, torch.device("cpu"))
+    mixed = torch.randperm(rows, generator=generator)
+    marks = torch.randint(0, 3, (count, vocab), generator=generator, dtype=torch.int32)
+    marks += IN_PROMPT * torch.randint(0, 2, (count, vocab), generator=generator, dtype=torch.int32)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    steps = torch.randint(0, 100, (rows,), generator=generator, dtype=torch.int32)
+    allowed = torch.rand(rows, vocab, generator=generator) < torch.rand(rows, 1, generator=generator)
+    allowed[:, seed] = True
+    allowed[: rows - late] = True
+    allowed[-1] = torch.arange(vocab) == vocab - 1
+    masked = logits.where(allowed, -torch.inf)
+    counted, tokens = marks.clone(), torch.full((count,), -7)
+    choices = reference_sampling.sample(masked, order, steps, plain, counted, tokens, torch.empty(count, vocab))
+    assert allowed[torch.arange(rows), choices.long()].all()
+    for module in (reference_sampling, sampling):
+        state = [t.to(device, copy=True) for t in (records, marks, torch.full((count,), -7))]
+        kept = torch.full((count, vocab), -5.0, device=device)
+        inputs = [t[mixed].to(device) for t in (logits, order, steps)]
+        chosen = module.sample(*inputs, *state, kept)
+        behind = order[rows - late :].long()
+        assert torch.equal(kept[behind.to(device)].cpu(), logits[rows - late :])
+        assert ((kept != -5).any(1).cpu() == torch.zeros(count).index_fill(0, behind, 1)).all()
+        assert (state[2][behind] == -7).all() and torch.equal(state[1][behind].cpu(), marks[behind])
+        assert torch.equal(chosen.cpu(), choices.where(torch.arange(rows) < rows - late, -1)[mixed])
+        back = torch.randperm(late, generator=torch.Generator().manual_seed(seed)) + rows - late
+        inputs = [t[back].to(device) for t in (order, steps, pack_masks(allowed))]
+        assert torch.equal(module.sample_late(*inputs, *state, kept).cpu(), choices[back])
+        assert torch.equal(state[1].cpu(), counted) and torch.equal(state[2].cpu(), tokens)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_forbidden_is_chosen_whatever_the_logits(value: float, kind: str, device: torch.device) -> None:
+    """Allowed tokens have no finite logit, forbidden ones good ones; the latter also beside allowed finite ones."""
+    allowed = torch.zeros(2, 1500, dtype=torch.bool)
+    allowed[:, [700, 1200, 1499]] = True
+    rows = torch.zeros(2, 1500).where(~allowed, value)
+    rows[1] = torch.full((1500,), value).where(~allowed[1], -50.0)
+    results = []
+    for module in (reference_sampling, sampling):
+        seats = torch.arange(2, dtype=torch.int32, device=device)
+        state = make_records([KINDS[kind]] * 2, device, 2), torch.zeros(2, 1500, dtype=torch.int32, device=device)
+        tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        masks = pack_masks(allowed).to(device)
+        chosen = module.sample_late(seats, seats, masks, *state, tokens, rows.to(device, copy=True)).cpu()
+        assert allowed[[0, 1], chosen.long()].all()
+        results.append(chosen)
+    assert torch.equal(*results)
 
 
 def test_many_draws_of_one_row_equal_the_twin(device: torch.device) -> None:
@@ -95,7 +171,7 @@ def test_many_draws_of_one_row_equal_the_twin(device: torch.device) -> None:
     for module in (reference_sampling, sampling):
         state = make_records(kinds, device), torch.zeros(rows, 97, dtype=torch.int32, device=device)
         seats = torch.arange(rows, dtype=torch.int32, device=device)
-        chosen = module.sample(logits.to(device, copy=True), seats, seats, *state, torch.zeros_like(seats).long())
+        chosen = module.sample(logits.to(device, copy=True), seats, seats, *state, *no_more(rows, 97, device))
         results.append(chosen)
     assert torch.equal(*results)
     assert len(results[0][90:120].unique()) > 4
@@ -107,7 +183,7 @@ def test_equal_logits_choose_the_first(device: torch.device) -> None:
         state = make_records([{}], device), torch.zeros(1, 3000, dtype=torch.int32, device=device)
         row = torch.zeros(1, 3000, device=device)
         row[0, 5] = row[0, 1500] = row[0, 2999] = 1.0
-        assert int(module.sample(row, seats, seats, *state, torch.zeros(1, dtype=torch.int64, device=device))) == 5
+        assert int(module.sample(row, seats, seats, *state, *no_more(1, 3000, device))) == 5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -116,7 +192,7 @@ def test_a_broken_row_still_gives_a_token(value: float, kind: str, device: torch
     seats = torch.zeros(1, dtype=torch.int32, device=device)
     state = make_records([KINDS[kind]], device), torch.zeros(1, 1500, dtype=torch.int32, device=device)
     row = torch.full((1, 1500), value, device=device)
-    chosen = sampling.sample(row, seats, seats, *state, torch.zeros(1, dtype=torch.int64, device=device))
+    chosen = sampling.sample(row, seats, seats, *state, *no_more(1, 1500, device))
     assert 0 <= int(chosen) < 1500
 
 

@@ -84,7 +84,7 @@ class Harness:
         self.engine.step()
         self.engine.scheduler.check_integrity()
         seats, free = self.engine.runner.seats, self.engine.scheduler._seats
-        for memory in (seats.tokens, seats.tables, seats.marks, seats.records):
+        for memory in (seats.tokens, seats.tables, seats.marks, seats.records, seats.logits):
             memory[free] = 2**31 - 1
 
     def run(self, *requests: Request, steps: int = 10_000) -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from autoglm.config import SparseAttentionConfig
+from autoglm.llm.sequence import Request
 from autoglm.llm.sparsity import Mode
 from tests.conftest import Pair
 from tests.llm.harness import Harness
+from tests.llm.test_constrained import drawn_requests
 from tests.llm.test_engine import mixed_requests
+from tests.llm.test_logprobs import logprobs_of
 from tests.prompts import random_text
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -50,6 +53,31 @@ def test_sparse_tokens_are_the_cpu_s(plain: Pair, mode: Mode) -> None:
     assert gpu.all_blocks_back()
 
 
+def test_late_tokens_are_the_cpu_s(plain: Pair, warm: Harness) -> None:
+    """Some of the sampled ones may part where two tokens are as good as equal."""
+    cpu = Harness(plain.checkpoint)
+    for harness in (cpu, warm):
+        harness.run(*mixed_requests(harness), *late_requests(harness))
+    same = [name for name, answer in cpu.answers.items() if warm.answers[name].token_ids == answer.token_ids]
+    assert len(same) >= len(cpu.answers) - 3
+    for name in same:
+        wanted, found = (logprobs_of(harness.answers[name]) for harness in (cpu, warm))
+        assert [item.logprob for item in found] == pytest.approx([item.logprob for item in wanted], abs=1e-2)
+        assert [len(item.top) for item in found] == [len(item.top) for item in wanted]
+    assert warm.all_blocks_back()
+
+
+def late_requests(harness: Harness) -> list[Request]:
+    """In grammars, with log probabilities, and both; greedy, drawn and cut."""
+    requests = drawn_requests(harness)
+    for place, request in enumerate(requests):
+        if place % 3 == 0:
+            requests[place] = replace(request, sampling=replace(request.sampling, logprobs=5))
+        if place % 6 == 0:
+            requests[place] = replace(request, sampling=replace(request.sampling, logprobs=5, response_format=None))
+    return requests
+
+
 @pytest.fixture
 def nothing_waits() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -65,6 +93,18 @@ def test_no_launch_waits(warm: Harness, nothing_waits: None) -> None:
             warm.submit(warm.request("later", random_text(60, 9), max_tokens=5))
         warm.engine.step()
     assert all(answer.last.error is None for answer in warm.answers.values())
+
+
+def test_no_late_launch_waits(warm: Harness, request: pytest.FixtureRequest) -> None:
+    requests = [
+        replace(r, embeddings=None if r.embeddings is None else r.embeddings.to(GPU)) for r in late_requests(warm)
+    ]
+    warm.run(*(replace(r, request_id="first") for r in requests[:6]))  # what happens once happens here
+    warm.submit(*requests[6:])
+    request.getfixturevalue("nothing_waits")
+    while warm.engine.busy:
+        warm.engine.step()
+    assert all(answer.last.error is None for name, answer in warm.answers.items() if answer.pieces)
 
 
 @pytest.mark.parametrize("mode", ["topk", "pages", "snap", "prune"])
@@ -108,7 +148,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_nothing_is_compiled_after_the_warm_up(warm: Harness, compiled: list[str]) -> None:
     compiled.clear()
-    warm.run(*mixed_requests(warm))
+    warm.run(*mixed_requests(warm), *late_requests(warm))
     assert compiled == []
 
 

@@ -32,6 +32,7 @@ def choose(
         torch.tensor(record(params, seed), dtype=torch.int32).repeat(count, 1),
         marks,
         torch.zeros(count, dtype=torch.int64),
+        torch.zeros(count, vocab),
     )
     return chosen.tolist()
 

@@ -32,7 +32,7 @@ class TritonPythonModel:
         device, dtype = choose_device(config.model)
         self.checkpoint = Checkpoint.open(checkpoint_directory())
         self.engine = Engine.from_config(self.checkpoint, config, device, dtype)
-        self.responder = Responder(pb_utils)
+        self.responder = Responder(pb_utils, self.engine.vocabulary)
         self.publisher = Publisher(pb_utils, self.engine.stats, ENGINE)
         # Callers choose their ids, and may choose one twice: the engine knows requests by numbers of our own.
         self._numbers = itertools.count()
