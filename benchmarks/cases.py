@@ -196,8 +196,9 @@ class Cases:
             seats = torch.arange(rows, dtype=torch.int32, device=self.device)
             steps, tokens = torch.zeros_like(seats), torch.zeros(rows, dtype=torch.int64, device=self.device)
             marks = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
+            kept = torch.zeros(rows, vocab, device=self.device)
             logits = torch.randn(self.copies(8 * rows * vocab), rows, vocab, device=self.device)
-            return [partial(self.kernels.sample, x, seats, steps, records, marks, tokens) for x in logits]
+            return [partial(self.kernels.sample, x, seats, steps, records, marks, tokens, kept) for x in logits]
 
         return Case(f"sample-{rows}", Work(8 * rows * vocab), make)
 

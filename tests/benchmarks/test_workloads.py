@@ -12,7 +12,7 @@ import torch
 
 from autoglm.kernels import reference
 from autoglm.llm.engine import Engine
-from benchmarks import decode, kernels, live, prefill, screenshot, start, vision
+from benchmarks import constrained, decode, kernels, live, prefill, screenshot, start, vision
 from benchmarks.cases import Case, Cases
 from benchmarks.engines import open_engine
 from benchmarks.report import Row, report
@@ -54,6 +54,12 @@ def test_decode(engine: Engine, options: argparse.Namespace) -> None:
     assert rows[0].limit is not None
     assert rows[0].peer == {"vLLM 0.26 INT8": 4.81, "vLLM 0.26 FP8": 4.34}
     assert rows[0].also["tokens/s"] == pytest.approx(1e3 / rows[0].value, rel=0.01)
+
+
+def test_constrained(engine: Engine, options: argparse.Namespace) -> None:
+    row = constrained.constrained(engine, options, prompt=9, tokens=6)
+    check([row], ["constrained-16"], options)
+    assert row.also["% longer than free"] > -100 and row.also["us for the masks"] > 0
 
 
 def test_stream_gap(engine: Engine, options: argparse.Namespace) -> None:

@@ -216,12 +216,15 @@ def test_health_readiness_and_metrics(http: httpx.Client) -> None:
     assert "autoglm_gateway_first_token_seconds_count" in page
 
 
-def test_the_example_of_the_readme(gateway: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_the_readme(
+    gateway: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import OpenAI" in code)
     assert "http://127.0.0.1:8080/v1" in example
     exec(example.replace("http://127.0.0.1:8080", gateway), {})
-    assert "do(" in capsys.readouterr().out
+    assert 'do(action="Tap"' in capsys.readouterr().out
 
 
 def test_the_command_of_the_readme(gateway: str) -> None:
