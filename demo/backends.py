@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from autoglm.sampling import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 
 MAX_TOKENS = 120
+PHONE_ACTION = {"type": "phone_action"}  # the form that answers are limited to where that is wanted
 
 
 class Backend(Protocol):
@@ -34,7 +36,7 @@ class Backend(Protocol):
 class LibraryBackend:
     """The steps of the ensemble, one after another, in this process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, limited: bool = False) -> None:
         config = Config(engine=EngineConfig(kv_cache_mb=128))
         device, dtype = choose_device(config.model)
         self.checkpoint = checkpoint = Checkpoint.open(directory)
@@ -42,6 +44,7 @@ class LibraryBackend:
         self.limits = config.limits
         self.renderer = ChatRenderer(checkpoint, self.tokenizer, config.limits, checkpoint.text.max_position_embeddings)
         self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
+        self.sampling = SamplingParams(MAX_TOKENS, response_format=json.dumps(PHONE_ACTION) if limited else None)
         self.engine = Engine.from_config(checkpoint, config, device, dtype)
         self.engine.start()
 
@@ -53,8 +56,7 @@ class LibraryBackend:
                 raise embeddings
             sink: queue.SimpleQueue[Output] = queue.SimpleQueue()
             grids, digests = [i.grid for i in prompt.images], [i.hash.encode() for i in prompt.images]
-            sampling = SamplingParams(max_tokens=MAX_TOKENS)
-            self.engine.submit(Request("", prompt.token_ids, sampling, sink.put, grids, digests, embeddings))
+            self.engine.submit(Request("", prompt.token_ids, self.sampling, sink.put, grids, digests, embeddings))
             outputs.append(sink)
         return [collect(sink) for sink in outputs]
 
@@ -78,17 +80,18 @@ def collect(sink: queue.SimpleQueue[Output]) -> str:
 class ServerBackend:
     """A running server, through gRPC."""
 
-    def __init__(self, server: str, concurrency: int = 8) -> None:
+    def __init__(self, server: str, limited: bool = False, concurrency: int = 8) -> None:
         from autoglm_client import Client  # the client is a package of its own, needed for this backend only
 
         self.client: Any = Client(server)
+        self.options = {"response_format": PHONE_ACTION} if limited else {}
         self.threads = ThreadPoolExecutor(concurrency)
 
     def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
         return list(self.threads.map(self._ask, questions))
 
     def _ask(self, question: tuple[bytes, str]) -> str:
-        result = self.client.generate(prompt=question[1], images=[question[0]], max_tokens=MAX_TOKENS)
+        result = self.client.generate(prompt=question[1], images=[question[0]], max_tokens=MAX_TOKENS, **self.options)
         return str(result.text)
 
     def close(self) -> None:

@@ -149,20 +149,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("demo/checkpoint"))
     parser.add_argument("--server", metavar="HOST:PORT", help="ask a running server over gRPC")
+    parser.add_argument("--phone-action", action="store_true", help="limit answers to that response_format")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8, help="questions asked together")
     parser.add_argument("--show", type=int, default=10, help="print so many wrong answers")
     parser.add_argument("--out", type=Path, default=Path("demo/training/evaluation.json"))
     arguments = parser.parse_args()
     require_fonts()
-    backend: Backend = ServerBackend(arguments.server) if arguments.server else LibraryBackend(arguments.checkpoint)
+    backend: Backend
+    if arguments.server:
+        backend = ServerBackend(arguments.server, arguments.phone_action)
+    else:
+        backend = LibraryBackend(arguments.checkpoint, arguments.phone_action)
     try:
         report = evaluate(backend, arguments.questions, arguments.batch, arguments.show)
     finally:
         backend.close()
     way = "served through the ensemble over gRPC" if arguments.server else "in process"
     reports = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
-    reports[way] = report
+    reports[f"{way}, phone_action" if arguments.phone_action else way] = report
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(reports, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, values in report.items():

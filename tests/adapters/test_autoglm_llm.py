@@ -23,7 +23,7 @@ def model(plain: Pair) -> Iterator[Any]:
         patch.setenv("AUTOGLM_CHECKPOINT", str(plain.checkpoint.path))
         patch.delenv("AUTOGLM_CONFIG", raising=False)
         adapter = load_adapter("autoglm_llm").TritonPythonModel()
-        adapter.initialize({})
+        adapter.initialize({"model_name": "autoglm_llm", "model_instance_name": "autoglm_llm_0_0"})
         yield adapter
         adapter.finalize()
 

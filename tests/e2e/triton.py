@@ -5,6 +5,7 @@ import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import tritonclient.grpc as grpc
@@ -94,9 +95,14 @@ def ask(server: TritonServer, inputs: Mapping[str, Sequence[bytes | str]], **par
 
 
 def metric(server: TritonServer, name: str) -> float:
-    """The present value of one of our metrics."""
-    from urllib.request import urlopen
+    """The present value of one of our metrics, over all instances."""
+    return sum(metrics(server, name))
 
+
+def metrics(server: TritonServer, name: str) -> list[float]:
+    """The same of each instance."""
     with urlopen(server.metrics_url, timeout=10) as page:
         lines = page.read().decode().splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith((f"{name} ", f"{name}{{"))))
+    values = [float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
+    assert values, name
+    return values

@@ -18,6 +18,7 @@ from autoglm.llm.sequence import Clip, Output, Request
 from autoglm.metrics import ENGINE, Publisher
 from autoglm.responder import Responder
 from autoglm.sampling import SamplingParams
+from autoglm.siblings import Siblings
 from autoglm.triton import error_response, log_to_triton, read_parameters
 
 STOP = "STOP"
@@ -33,12 +34,14 @@ class TritonPythonModel:
         self.checkpoint = Checkpoint.open(checkpoint_directory())
         self.engine = Engine.from_config(self.checkpoint, config, device, dtype)
         self.responder = Responder(pb_utils, self.engine.vocabulary)
-        self.publisher = Publisher(pb_utils, self.engine.stats, ENGINE)
+        instance = args["model_instance_name"]
+        self.publisher = Publisher(pb_utils, self.engine.stats, ENGINE, {"instance": instance})
         # Callers choose their ids, and may choose one twice: the engine knows requests by numbers of our own.
         self._numbers = itertools.count()
         self._running: defaultdict[str, set[str]] = defaultdict(set)
         self._lock = threading.Lock()
         self.engine.start()
+        self.siblings = Siblings(args["model_name"], instance, self._stop)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -49,6 +52,7 @@ class TritonPythonModel:
                 sender.send(error_response(pb_utils, error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def finalize(self) -> None:
+        self.siblings.close()
         self.engine.close()
         self.responder.close()
         self.publisher.close()
@@ -60,7 +64,9 @@ class TritonPythonModel:
         caller = request.request_id()
         number = str(next(self._numbers))
         if parameters.pop(STOP, False) is True:
-            self._stop(caller)
+            # Elsewhere too: callers may use an id twice.
+            if not caller or not self._stop(caller) + self.siblings.ask(caller):
+                raise invalid("id", caller, "the id of a request that runs here")
             self.responder.open(sender, lambda: None, lambda: None)(Output(finish_reason="cancelled"))
             return
         if not parameters.get("timeout") and request.timeout():
@@ -107,18 +113,14 @@ class TritonPythonModel:
         device = self.engine.runner.device
         return beside(device, lambda: torch.from_dlpack(tensors[name].to_dlpack())[0].to(device, copy=True))
 
-    def _stop(self, caller: str) -> None:
-        """End the running requests that their caller gave this id: a closed stream does not reach an ensemble.
-
-        Raises:
-            RequestError: there is none, or not yet.
-        """
+    def _stop(self, caller: str) -> bool:
+        """End the requests that run here and that their caller gave this id, if there are any: a closed stream does not
+        reach an ensemble."""
         with self._lock:
             numbers = list(self._running.get(caller, ()))
-        if not caller or not numbers:
-            raise invalid("id", caller, "the id of a request that runs here")
         for number in numbers:
             self.engine.cancel(number)
+        return bool(numbers)
 
     def _forget(self, caller: str, number: str) -> None:
         with self._lock:
