@@ -35,7 +35,7 @@ def start(name: str, plain: Pair, speech: Speech | None, patch: pytest.MonkeyPat
     for variable, path in (("SPEECH", speech and speech.encoder.path), ("BRIDGE", speech and speech.bridge)):
         patch.setenv(f"AUTOGLM_{variable}", str(path or ""))
     model = pb.load_adapter(name).TritonPythonModel()
-    model.initialize({"model_instance_device_id": "0"})
+    model.initialize({"model_name": name, "model_instance_name": f"{name}_0_0", "model_instance_device_id": "0"})
     return model
 
 

@@ -1,6 +1,7 @@
 """Speech on a real server, with random encoders: what it hears is what the library hears; bad sound stops nobody."""
 
 import json
+import queue
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,17 +80,18 @@ class Library:
         (visual,), (heard,) = self.vision.encode([prompt.images]), self.speech.encode([prompt.clips])
         assert isinstance(visual, torch.Tensor) and isinstance(heard, Heard)
         clips = zip(prompt.clips, heard.transcripts, strict=True)
-        pieces: list[Output] = []
+        arrived: queue.SimpleQueue[Output] = queue.SimpleQueue()
         self.engine.submit(
             Request(
-                "0", prompt.token_ids, SamplingParams.from_parameters(PARAMETERS, {}), pieces.append,
+                "0", prompt.token_ids, SamplingParams.from_parameters(PARAMETERS, {}), arrived.put,
                 [image.grid for image in prompt.images], [image.hash.encode() for image in prompt.images], visual,
                 clips=[Clip(clip.hash.encode(), clip.tokens, text) for clip, text in clips],
                 audio_embeddings=heard.embeddings if mode == "bridge" else None,
             )
         )  # fmt: skip
-        while not pieces or not pieces[-1].is_last:
-            pass
+        pieces = [arrived.get()]
+        while not pieces[-1].is_last:
+            pieces.append(arrived.get())
         return pieces
 
     def close(self) -> None:
