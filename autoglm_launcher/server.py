@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+from autoglm_launcher.console import complain
 from autoglm_launcher.errors import LauncherError
 from autoglm_launcher.gpus import visible_gpu_count
 from autoglm_launcher.installation import Installation, check_numpy
@@ -26,6 +28,10 @@ NO_GPU = re.compile("CUDA driver version is insufficient|CudaDriverHelper|NVML|D
 
 # What reads or changes the server itself is closed to callers: shared memory regions would let one read another's.
 CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+
+# On a machine that is very busy, Triton 2.51 may abort while its models register their metrics.
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+MOST_STARTS = 3
 
 
 class TritonServer(Supervised):
@@ -146,13 +152,20 @@ class TritonServer(Supervised):
     ) -> None:
         """Wait until every model is loaded. on_progress gets the seconds so far and the models that are loaded.
 
-        Raises LauncherError when the server ends, or is not ready in time.
+        A server that crashes meanwhile is started again. Raises LauncherError when it ends otherwise, crashes time and
+        again, or is not ready in time.
         """
         begin = time.monotonic()
+        starts = 1
         while not self.is_ready():
             elapsed = time.monotonic() - begin
             if not self.is_alive():
-                raise LauncherError(f"the server did not start: {self.explain()}")
+                if self.ended_by not in CRASHES or starts == MOST_STARTS:
+                    raise LauncherError(f"the server did not start: {self.explain()}")
+                complain(f"the server crashed while it started: {self.explain()}; starting it again")
+                starts += 1
+                self.stop()
+                self.start()
             if elapsed > timeout_s:
                 raise LauncherError(f"the server is not ready after {timeout_s:.0f} s: {self.explain()}")
             if on_progress:

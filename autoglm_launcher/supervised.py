@@ -61,6 +61,14 @@ class Supervised(ABC):
         """Whether the supervisor runs; it ends with its command."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
+    @property
+    def ended_by(self) -> signal.Signals | None:
+        """The signal that has ended the command, if one has."""
+        code = self._supervisor.poll() if self._supervisor else None
+        if code is None or 0 <= code <= 128:
+            return None
+        return signal.Signals(-code if code < 0 else code - 128)
+
     def processes(self) -> list[ServerProcess]:
         """The command's process and what it started, as they run now."""
         return server_processes(self._supervisor.pid) if self._supervisor else []
@@ -101,10 +109,9 @@ class Supervised(ABC):
 
     def explain(self) -> str:
         """How the command ended, or the log's most telling line; and where to read the rest."""
-        code = self._supervisor.poll() if self._supervisor else None
         where = f"log: {self.log_path}" if self.log_path else "see its output"
-        if code is not None and (code < 0 or code > 128):
-            return f"{signal.Signals(-code if code < 0 else code - 128).name} ended it ({where})"
+        if self.ended_by is not None:
+            return f"{self.ended_by.name} ended it ({where})"
         return f"{self.telling_line(self.log_text())} ({where})"
 
     def telling_line(self, log: str) -> str:

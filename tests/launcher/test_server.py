@@ -16,7 +16,7 @@ from autoglm_launcher.errors import LauncherError
 from autoglm_launcher.installation import Installation
 from autoglm_launcher.ports import Ports
 from autoglm_launcher.processes import is_running
-from autoglm_launcher.server import ROOT, TritonServer
+from autoglm_launcher.server import MOST_STARTS, ROOT, TritonServer
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -132,6 +132,38 @@ def test_a_model_that_does_not_load_is_told_in_one_line(server: TritonServer) ->
     assert str(error.value) == (
         f"the server did not start: model small: Internal: ValueError: no weights in /models (log: {server.log_path})"
     )
+
+
+@pytest.mark.parametrize("crashes", [2, 3])
+def test_a_server_that_crashes_while_it_starts_is_started_again(
+    server: TritonServer, crashes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = server.repository / "small" / "1" / "model.py"
+    crash = f"""
+import fcntl, os, pathlib, signal, time
+with pathlib.Path({str(server.repository.parent / "starts")!r}).open("a+") as starts:
+    fcntl.flock(starts, fcntl.LOCK_EX)
+    starts.seek(0)
+    servers = {{*starts.read().split(), str(os.getppid())}}
+    starts.write(f"{{os.getppid()}} ")
+if len(servers) <= {crashes}:
+    os.kill(os.getppid(), signal.SIGABRT)
+    time.sleep(60)
+"""
+    model.write_text(crash + model.read_text())
+    before = regions()
+    server.start()
+    try:
+        if crashes < MOST_STARTS:
+            server.wait_ready(60)
+            assert get(server.http_address, "/v2/models/small/ready") == 200
+        else:
+            with pytest.raises(LauncherError, match="the server did not start: SIGABRT ended it"):
+                server.wait_ready(60)
+    finally:
+        server.stop(now=True)
+    assert capfd.readouterr().err.count("SIGABRT ended it") == 2
+    assert regions() <= before
 
 
 def test_a_taken_port_is_told_before_anything_starts(server: TritonServer, repository: Path) -> None:
