@@ -93,10 +93,10 @@ class Prompt:
     digest: bytes = b""
     embeddings: torch.Tensor | None = None
 
-    def request(self, stream: Stream, max_tokens: int) -> Request:
-        """Greedy, for exactly so many tokens."""
+    def request(self, stream: Stream, max_tokens: int, **options: Any) -> Request:
+        """Greedy, for exactly so many tokens; `options` are of SamplingParams."""
         grids, digests = ([self.grid], [self.digest]) if self.grid else ([], [])
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options)
         return Request(stream.request_id, self.token_ids, params, stream, grids, digests, self.embeddings)
 
 
@@ -120,20 +120,26 @@ def image_prompt(engine: Engine, length: int, grid: tuple[int, int, int]) -> Pro
     return Prompt(text[:half] + image + text[half:], grid, random.randbytes(32), embeddings)
 
 
-def submit(engine: Engine, prompts: Sequence[Prompt], max_tokens: int) -> list[Stream]:
+def submit(engine: Engine, prompts: Sequence[Prompt], max_tokens: int, **options: Any) -> list[Stream]:
     streams = [Stream() for _ in prompts]
-    requests = [prompt.request(stream, max_tokens) for prompt, stream in zip(prompts, streams, strict=True)]
+    requests = [prompt.request(stream, max_tokens, **options) for prompt, stream in zip(prompts, streams, strict=True)]
     for request in requests:
         engine.submit(request)
     return streams
 
 
-def answer_seconds(engine: Engine, prompts: Sequence[Prompt], max_tokens: int) -> float:
-    """From the submission of prompts, all together, to the last token of the last of them."""
+def answer_seconds(engine: Engine, prompts: Sequence[Prompt], max_tokens: int, **options: Any) -> float:
+    """From the submission of prompts, all together, to the last token of the last of them.
+
+    Raises:
+        RuntimeError: an answer has ended early.
+    """
     began = time.perf_counter()
-    streams = submit(engine, prompts, max_tokens)
+    streams = submit(engine, prompts, max_tokens, **options)
     for stream in streams:
         stream.wait()
+        if len(stream.times) != max_tokens:
+            raise RuntimeError(f"an answer of {max_tokens} tokens ended after {len(stream.times)}")
     return max(stream.times[-1] for stream in streams) - began
 
 

@@ -15,7 +15,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from autoglm.checkpoint import Checkpoint, TextConfig
 from autoglm.config import SparseAttentionConfig
@@ -24,7 +23,7 @@ from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.sparsity import Sparsity
 from benchmarks import limits
 from benchmarks.decode import SCREENSHOT, SCREENSHOT_GRID
-from benchmarks.engines import Prompt, Stream, image_prompt, open_engine
+from benchmarks.engines import Prompt, Stream, image_prompt, open_engine, submit
 from benchmarks.report import Row, make_row, read_options, report
 
 BATCHES = (1, 16, 64)
@@ -84,12 +83,8 @@ class Measure:
         return start - began, (end - start) * batch / tokens
 
     def submit(self, prompt: Prompt, choice: Sparsity | None) -> Stream:
-        stream = Stream()
-        request = prompt.request(stream, self.tokens)
-        sampling = replace(request.sampling, sparse_mode="off")
-        if choice is not None:
-            sampling = replace(sampling, sparse_mode=choice.mode, sparse_ratio=choice.ratio)
-        self.engine.submit(replace(request, sampling=sampling))
+        mode, ratio = ("off", None) if choice is None else (choice.mode, choice.ratio)
+        (stream,) = submit(self.engine, [prompt], self.tokens, sparse_mode=mode, sparse_ratio=ratio)
         return stream
 
     def held(self, choice: Sparsity | None) -> int:

@@ -18,7 +18,7 @@ from autoglm.llm.sequence import Request
 from tests.conftest import Pair
 from tests.llm.harness import Harness
 from tests.llm.test_engine import mixed_requests
-from tests.llm.test_overlap import PENALTIES, PaddedGraph, plain_loop
+from tests.llm.test_overlap import PENALTIES, PaddedGraph, penalised_row, plain_loop
 from tests.prompts import random_text
 
 MAX_TOKENS = 60
@@ -55,14 +55,7 @@ def masked_loop(pair: Pair, answer_format: str, options: dict[str, float]) -> li
     matcher = Grammars(pair.checkpoint.path, vocab, ends).matcher(answer_format, MAX_TOKENS)
     tokens = list(PROMPT)
     while len(tokens) < len(PROMPT) + MAX_TOKENS and not matcher.done and tokens[-1] not in ends:
-        row = pair.reference(input_ids=torch.tensor([tokens])).logits[0, -1].double()
-        answer = tokens[len(PROMPT) :]
-        for token in set(tokens):
-            penalty = options.get("repetition_penalty", 1.0)
-            row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
-        for token in set(answer):
-            row[token] -= answer.count(token) * options.get("frequency_penalty", 0.0)
-            row[token] -= options.get("presence_penalty", 0.0)
+        row = penalised_row(pair.reference, tokens, len(PROMPT), options)
         tokens.append(int(row.where(allowed_by(matcher, vocab), -torch.inf).argmax()))
         matcher.accept(tokens[-1])
     return tokens[len(PROMPT) :]

@@ -30,16 +30,21 @@ def plain_loop(reference: Any, prompt: list[int], count: int, options: dict[str,
     """Greedy, the whole sequence computed again for every token, penalties by their definitions."""
     tokens = list(prompt)
     for _ in range(count):
-        row = reference(input_ids=torch.tensor([tokens])).logits[0, -1].double()
-        answer = tokens[len(prompt) :]
-        for token in set(tokens):
-            penalty = options.get("repetition_penalty", 1.0)
-            row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
-        for token in set(answer):
-            row[token] -= answer.count(token) * options.get("frequency_penalty", 0.0)
-            row[token] -= options.get("presence_penalty", 0.0)
-        tokens.append(int(row.argmax()))
+        tokens.append(int(penalised_row(reference, tokens, len(prompt), options).argmax()))
     return tokens[len(prompt) :]
+
+
+def penalised_row(reference: Any, tokens: list[int], prompt_length: int, options: dict[str, float]) -> torch.Tensor:
+    """The logits behind these tokens, penalties taken off. fp64 [vocab]"""
+    row: torch.Tensor = reference(input_ids=torch.tensor([tokens])).logits[0, -1].double()
+    answer = tokens[prompt_length:]
+    for token in set(tokens):
+        penalty = options.get("repetition_penalty", 1.0)
+        row[token] = row[token] / penalty if row[token] > 0 else row[token] * penalty
+    for token in set(answer):
+        row[token] -= answer.count(token) * options.get("frequency_penalty", 0.0)
+        row[token] -= options.get("presence_penalty", 0.0)
+    return row
 
 
 @pytest.fixture(scope="module")
