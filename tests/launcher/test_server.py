@@ -139,15 +139,18 @@ def test_a_server_that_crashes_while_it_starts_is_started_again(
     server: TritonServer, crashes: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = server.repository / "small" / "1" / "model.py"
+    # Once for each server, whatever its processes find in the meantime: one that it left behind has another parent.
     crash = f"""
 import fcntl, os, pathlib, signal, time
+parent = os.getppid()
+assert pathlib.Path(f"/proc/{{parent}}/comm").read_text().strip() == "tritonserver"
 with pathlib.Path({str(server.repository.parent / "starts")!r}).open("a+") as starts:
     fcntl.flock(starts, fcntl.LOCK_EX)
     starts.seek(0)
-    servers = {{*starts.read().split(), str(os.getppid())}}
-    starts.write(f"{{os.getppid()}} ")
+    servers = {{*starts.read().split(), str(parent)}}
+    starts.write(f"{{parent}} ")
 if len(servers) <= {crashes}:
-    os.kill(os.getppid(), signal.SIGABRT)
+    os.kill(parent, signal.SIGABRT)
     time.sleep(60)
 """
     model.write_text(crash + model.read_text())
