@@ -51,7 +51,6 @@ class Supervised(ABC):
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,
-                start_new_session=True,
             )
         finally:
             if log:
@@ -94,6 +93,7 @@ class Supervised(ABC):
         finally:
             # The supervisor does this too; here it is for the case that somebody killed the supervisor.
             kill_group(supervisor.pid)
+            supervisor.kill()
             supervisor.wait()
             if supervisor.stdin:
                 supervisor.stdin.close()

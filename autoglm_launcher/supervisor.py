@@ -1,7 +1,7 @@
 """The process between the launcher and the tritonserver: whatever dies, nothing is left behind.
 
-It runs the server as its child in a session of its own and is the reaper of all that descends from it. It ends the
-server when it is told to (SIGTERM), and when the launcher is gone (its standard input closes, also after kill -9).
+It runs the server as its child in a process group of its own and is the reaper of all that descends from it. It ends
+the server when it is told to (SIGTERM), and when the launcher is gone (its standard input closes, also after kill -9).
 When the server has ended, by itself or not, it kills every process that is left and removes the shared memory.
 
     python -m autoglm_launcher.supervisor GRACE_SECONDS COMMAND...
@@ -42,6 +42,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Run to the end; returns the command's exit code, 128 + N when signal N ended it."""
+        # Out of reach of the terminal's Ctrl+C, but in the launcher's session: Linux shares the cores among sessions
+        # first (autogroup), and 6.18 can let one that is always busy, as a server on the CPU, stop others for seconds.
+        os.setpgid(0, 0)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -109,11 +109,11 @@ def test_the_next_start_ends_what_a_lost_server_left(server: TritonServer, repos
     server.start()
     server.wait_ready(60)
     stubs = [process.pid for process in server.processes() if process.kind == "stub"]
-    for pid in stubs:
-        os.kill(pid, signal.SIGSTOP)
     assert server._supervisor
     server._supervisor.kill()
     server._supervisor.wait()
+    for pid in stubs:  # before they notice; Linux itself would end what had been stopped earlier (orphaned groups)
+        os.kill(pid, signal.SIGSTOP)
     assert all(map(is_running, stubs))
     with TritonServer(repository, log_path=tmp_path / "second.log") as second:
         assert not any(map(is_running, stubs))

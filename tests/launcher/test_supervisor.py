@@ -18,7 +18,6 @@ def supervise(command: list[str], grace_s: float = 1.0) -> "subprocess.Popen[byt
         [sys.executable, "-m", "autoglm_launcher.supervisor", str(grace_s), *command],
         cwd=ROOT,
         stdin=subprocess.PIPE,
-        start_new_session=True,
     )
 
 
@@ -33,6 +32,15 @@ def wait_for_descendants(pid: int, count: int) -> list[int]:
 def test_passes_the_exit_code_on() -> None:
     assert supervise(["sh", "-c", "exit 7"]).wait(10) == 7
     assert supervise(["sh", "-c", "kill -9 $$"]).wait(10) == 128 + 9
+
+
+def test_a_terminal_reaches_only_the_launcher() -> None:
+    supervisor = supervise(["sleep", "100"])
+    (child,) = wait_for_descendants(supervisor.pid, 1)
+    assert os.getpgid(child) == os.getpgid(supervisor.pid) == supervisor.pid
+    assert os.getsid(child) == os.getsid(0)
+    supervisor.terminate()
+    supervisor.wait(10)
 
 
 def test_ends_its_command_when_told() -> None:
