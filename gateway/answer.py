@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from gateway.logprobs import Logprobs
 DONE = b"data: [DONE]\n\n"
 STAGES = ("queue_ms", "preprocess_ms", "vision_ms", "audio_ms", "prefill_ms", "decode_ms")
 
-Pieces = AsyncGenerator[tuple[int, Response], None]
+Pieces = AsyncGenerator[list[tuple[int, Response]], None]
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -75,13 +75,14 @@ class Answer:
         finish_reasons: dict[int, str] = {}
         heard: tuple[str, ...] = ()
         async with aclosing(pieces):
-            async for index, response in pieces:
-                texts[index] = texts.get(index, "") + response.text
-                logprobs[index].append(response.logprobs)
-                heard = heard or response.transcripts
-                if response.finish_reason:
-                    finish_reasons[index] = response.finish_reason
-                    self.usage.add(response.usage)
+            async for together in pieces:
+                for index, response in together:
+                    texts[index] = texts.get(index, "") + response.text
+                    logprobs[index].append(response.logprobs)
+                    heard = heard or response.transcripts
+                    if response.finish_reason:
+                        finish_reasons[index] = response.finish_reason
+                        self.usage.add(response.usage)
         choices = [
             self._choice(i, texts[i], finish_reasons[i], Logprobs(self.kind).shape(logprobs[i]), "message")
             for i in sorted(texts)
@@ -89,18 +90,23 @@ class Answer:
         return {**self._head("", heard), "choices": choices, "usage": self.usage.shape()}
 
     async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-        """The same as the events of a stream, each as soon as its piece has come."""
+        """The same as the events of a stream, as soon as their pieces have come; those together that came together."""
         begun: dict[int, Logprobs] = {}
         async with aclosing(pieces):
-            async for index, response in pieces:
-                if response.finish_reason:
-                    self.usage.add(response.usage)
-                elif not (response.text or response.transcripts or response.logprobs):
-                    continue
-                first = index not in begun
-                logprobs = begun.setdefault(index, Logprobs(self.kind))
-                yield self._piece(index, response, logprobs.shape([response.logprobs]), first=first)
+            async for together in pieces:
+                if content := b"".join(self._events(together, begun)):
+                    yield content
         yield self._last()
+
+    def _events(self, together: list[tuple[int, Response]], begun: dict[int, Logprobs]) -> Iterator[bytes]:
+        for index, response in together:
+            if response.finish_reason:
+                self.usage.add(response.usage)
+            elif not (response.text or response.transcripts or response.logprobs):
+                continue
+            first = index not in begun
+            logprobs = begun.setdefault(index, Logprobs(self.kind))
+            yield self._piece(index, response, logprobs.shape([response.logprobs]), first=first)
 
     def _piece(self, index: int, response: Response, logprobs: dict[str, Any] | None, *, first: bool) -> bytes:
         """The event of a choice's next piece of text; the last one has the finish reason."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -31,8 +30,8 @@ class Generation:
 
     async def pieces(
         self, content: Content, body: Sampling, request_id: str
-    ) -> AsyncGenerator[tuple[int, Response], None]:
-        """The responses of all choices as they come, each with the number of its choice.
+    ) -> AsyncGenerator[list[tuple[int, Response]], None]:
+        """The responses of all choices, those together that have come together, each with the number of its choice.
 
         Whoever leaves early stops them all. Raises ApiError.
         """
@@ -47,21 +46,22 @@ class Generation:
         open_choices = len(tasks)
         try:
             while open_choices:
-                choice, response = await arrived.get()
-                if response is None:
-                    open_choices -= 1
-                elif isinstance(response, RequestTimeout) and (body.timeout or math.inf) <= self._longest:
-                    # The caller's own choice is no fault of the server.
-                    raise ApiError(408, f"{response} ({body.timeout:g} s)", "timeout", "timeout") from response
-                elif isinstance(response, Exception):
-                    raise from_fault(response, content.names) from response
-                else:
-                    if begun is not None:
-                        self._metrics.first_token_seconds.observe(time.monotonic() - begun)
-                        begun = None
+                batch = [await arrived.get()]
+                while not arrived.empty():
+                    batch.append(arrived.get_nowait())
+                open_choices -= sum(response is None for _, response in batch)
+                responses = [(choice, each) for choice, each in batch if isinstance(each, Response)]
+                if responses and begun is not None:
+                    self._metrics.first_token_seconds.observe(time.monotonic() - begun)
+                    begun = None
+                for _, response in responses:
                     if response.finish_reason:
                         self._count(json.loads(response.usage))
-                    yield choice, response
+                if responses:
+                    yield responses
+                for _, fault in batch:
+                    if isinstance(fault, Exception):
+                        raise self._error(fault, content, body) from fault
         finally:
             for task in tasks:
                 task.cancel()
@@ -86,6 +86,12 @@ class Generation:
             arrived.put_nowait((choice, None))
         except Exception as fault:
             arrived.put_nowait((choice, fault))
+
+    def _error(self, fault: Exception, content: Content, body: Sampling) -> ApiError:
+        if isinstance(fault, RequestTimeout) and body.timeout is not None and body.timeout <= self._longest:
+            # The caller's own choice is no fault of the server.
+            return ApiError(408, f"{fault} ({body.timeout:g} s)", "timeout", "timeout")
+        return from_fault(fault, content.names)
 
     def _count(self, usage: dict[str, Any]) -> None:
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])

@@ -19,6 +19,7 @@ class OpenCall:
 
     An ensemble does not tell its last step that its caller has gone, so that step is told directly (`end`). A call that
     is cancelled while the ensemble is at work can crash Triton before 24.12, so nothing here cancels it before that.
+    Messages are taken in as they come, whoever reads them when.
 
     Args:
         stub: of the server's gRPC service.
@@ -29,7 +30,10 @@ class OpenCall:
         self._stub = stub
         self._request_id: str = request.id
         self._call = stub.ModelStreamInfer(iter([request]), timeout=timeout)
-        self._reading = asyncio.Lock()
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
+        # In a task of its own, because grpc cancels a call whose reading is cancelled.
+        self._receiving = asyncio.ensure_future(self._receive())
+        self._receiving.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be complained of
 
     async def read(self) -> Any:
         """The next message, None behind the last one. Who is cancelled in here may read on, or `end` the call.
@@ -38,31 +42,34 @@ class OpenCall:
             grpc.RpcError: the call has failed.
             asyncio.CancelledError: the call has been cancelled.
         """
-        # Shielded, because grpc cancels a call whose reading is cancelled.
-        return await asyncio.shield(self._read())
+        message = await self._messages.get()
+        if message is not None:
+            return message
+        self._messages.put_nowait(None)  # for who reads on
+        return self._receiving.result()
 
     async def end(self) -> bool:
         """Stop the request, which nobody waits for any more; whether the server has ended it in time."""
         try:
-            await asyncio.wait_for(self._stop_and_read(), STOP_SECONDS)
+            await asyncio.wait_for(self._stop(), STOP_SECONDS)
         except (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError):
             return False
         finally:
             self._call.cancel()
         return True
 
-    async def _read(self) -> Any:
-        async with self._reading:
-            message = await self._call.read()
-        return None if message is grpc.aio.EOF else message
+    async def _receive(self) -> None:
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                self._messages.put_nowait(message)
+        finally:
+            self._messages.put_nowait(None)  # who is woken by it finds this task done
 
-    async def _stop_and_read(self) -> None:
+    async def _stop(self) -> None:
         # Before the request has reached the last step, that knows of none.
         while not await self._send_stop() and not self._call.done():
             await asyncio.sleep(STOP_EVERY)
-        with contextlib.suppress(grpc.RpcError):  # an end too
-            while await self._read() is not None:
-                pass
+        await asyncio.wait([self._receiving])
 
     async def _send_stop(self) -> bool:
         """Whether the request was there to be stopped."""
