@@ -70,21 +70,17 @@ def ask_directly(client: AsyncClient) -> Ask:
 
 
 def ask_gateway(address: str) -> Ask:
-    """Over a plain socket, so that no HTTP client's own work is counted as the gateway's."""
+    """Over a plain socket, with a body that is ready, so that no HTTP client's own work counts as the gateway's."""
     host, _, port = address.rpartition(":")
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(prompt: Prompt, tokens: int) -> Timing:
-        parts: list[dict[str, object]] = [{"type": "text", "text": prompt.text}]
-        begun, first = time.perf_counter(), 0.0
-        if prompt.image:
-            url = f"data:image/png;base64,{base64.b64encode(prompt.image).decode()}"
-            parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        chat = {"messages": [{"role": "user", "content": parts}], "stream": True}
-        body = json.dumps({**chat, "max_tokens": tokens, "ignore_eos": True, **PIXELS}).encode()
+        body = chat(prompt, tokens)
         reader, writer = idle.pop() if idle else await asyncio.open_connection(host, int(port), limit=1 << 20)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        begun, first = time.perf_counter(), 0.0
+        writer.write(head.encode() + body)
         status = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in status.split(b"\r\n", 1)[0]:
             raise RuntimeError(f"the gateway answered {status.decode()}")
@@ -96,6 +92,16 @@ def ask_gateway(address: str) -> Ask:
         return Timing(first - begun, time.perf_counter() - begun)
 
     return ask
+
+
+def chat(prompt: Prompt, tokens: int) -> bytes:
+    parts: list[dict[str, object]] = [{"type": "text", "text": prompt.text}]
+    if prompt.image:
+        url = f"data:image/png;base64,{base64.b64encode(prompt.image).decode()}"
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    messages = [{"role": "user", "content": parts}]
+    options = {"max_tokens": tokens, "ignore_eos": True, "stream": True, **PIXELS}
+    return json.dumps({"messages": messages, **options}).encode()
 
 
 def prompts(with_image: bool) -> Iterator[Prompt]:
