@@ -91,7 +91,7 @@ class Generation:
         if isinstance(fault, RequestTimeout) and body.timeout is not None and body.timeout <= self._longest:
             # The caller's own choice is no fault of the server.
             return ApiError(408, f"{fault} ({body.timeout:g} s)", "timeout", "timeout")
-        return from_fault(fault, content.names)
+        return from_fault(fault, content.names | body.names)
 
     def _count(self, usage: dict[str, Any]) -> None:
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])

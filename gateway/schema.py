@@ -187,6 +187,11 @@ class Sampling(Model):
         """The tokens that the answer may have; None takes the server's default."""
         return self.max_tokens
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What this request calls the server's parameters, where it has another name for one."""
+        return {}
+
     def parameters(self, choice: int) -> dict[str, Any]:
         """The request parameters for one of the `n` answers; their seeds differ."""
         values = {name: getattr(self, name) for name in PARAMETERS}
@@ -226,6 +231,11 @@ class ChatRequest(Sampling):
     @property
     def longest(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def names(self) -> dict[str, str]:
+        given = self.max_tokens is None and self.max_completion_tokens is not None
+        return {"max_tokens": "max_completion_tokens"} if given else {}
 
     def parameters(self, choice: int) -> dict[str, Any]:
         values = super().parameters(choice)

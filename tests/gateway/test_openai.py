@@ -168,6 +168,8 @@ def test_refusals_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
     wizard = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}
     refused("response_format", response_format=wizard)  # by the server
     refused("max_tokens", max_tokens=5, response_format={"type": "phone_action"})
+    refused("max_completion_tokens", max_completion_tokens=5, response_format={"type": "phone_action"})
+    refused("max_completion_tokens", max_completion_tokens=0)
     refused("tools", tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
     refused("service_tier", service_tier="flex")
     refused("max_tokenz", extra_body={"max_tokenz": 3})
