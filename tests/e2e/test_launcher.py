@@ -36,7 +36,9 @@ class Launcher:
         command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--gateway-port", gateway]
         command += ["--log", str(directory / "server.log"), *options]
         with self._output.open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_listen_to_ctrl_c
+            )
 
     @property
     def output(self) -> str:
@@ -55,6 +57,11 @@ class Launcher:
     def gateway(self) -> int:
         (pid,) = [pid for pid in descendants(self.process.pid) if command_line(pid)[1:3] == ["-m", "gateway"]]
         return pid
+
+
+def _listen_to_ctrl_c() -> None:
+    """Shells let what they start in the background, such as a whole run of the tests, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
