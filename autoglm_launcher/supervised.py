@@ -93,7 +93,7 @@ class Supervised(ABC):
         finally:
             # The supervisor does this too; here it is for the case that somebody killed the supervisor.
             kill_group(supervisor.pid)
-            supervisor.kill()
+            supervisor.kill()  # as long as it has not made its group
             supervisor.wait()
             if supervisor.stdin:
                 supervisor.stdin.close()
