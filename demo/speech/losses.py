@@ -37,11 +37,15 @@ class Codebook(nn.Module):
         }
         self.ids = [*tokenizer.encode("\n").ids, *sorted(used)]
         self.places = {token: place for place, token in enumerate(self.ids)}
+        self._known: dict[str, list[int]] = {}
         self.register_buffer("table", embeddings[self.ids].float())
 
     def encode(self, command: Command) -> list[int]:
-        """Places of the tokens of a command's plain wording."""
-        return [self.places[token] for token in self.tokenizer.encode(command.plain).ids]
+        """Places of the tokens of a command's plain wording; none of words that are no command."""
+        plain = command.plain
+        if plain not in self._known:
+            self._known[plain] = [self.places[token] for token in self.tokenizer.encode(plain).ids]
+        return self._known[plain]
 
     def nearness(self, outputs: torch.Tensor) -> torch.Tensor:
         """[B, S, hidden] -> log-probabilities [B, S, tokens]."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from autoglm.audio.projector import Projector, ProjectorConfig
 from demo import vocabulary
-from demo.speech.commands import WORDINGS, names
+from demo.speech.commands import names, pieces
 from demo.speech.rooms import Heard
 from demo.speech.voices import RATE
 
@@ -30,9 +30,8 @@ LOUDEST = 0.1  # what the first filters answer to a clip's loud parts; its layer
 
 def letters() -> list[str]:
     """The vocabulary of transcripts: everything that commands are written with, in a fixed order."""
-    texts = [wording for forms in WORDINGS.values() for both in forms.values() for part in both for wording in part]
-    texts += [name for language in vocabulary.LANGUAGES for name in names(language)]
-    return [PAD, SPACE, UNKNOWN, *sorted(set("".join(texts)) - set("{} "))]
+    texts = [text for language in vocabulary.LANGUAGES for text in (*pieces(language), *names(language))]
+    return [PAD, SPACE, UNKNOWN, *sorted(set("".join(texts)) - {" "})]
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ def listen(clips: torch.Tensor, lengths: torch.Tensor, generator: torch.Generato
 
     size = 2 ** math.ceil(math.log2(total + REVERB))
     frequencies = torch.linspace(0, 1, size // 2 + 1, device=device)[None]
-    # A room: the direct sound, then noise that dies away; its loudness is drawn, and may be next to nothing.
+    # A room: the direct sound, then noise that dies away, between half as loud and next to nothing.
     time = torch.arange(REVERB, device=device)[None] / RATE
     echo = normal(REVERB) * torch.exp(-6.9 * time / uniform(0.05, 0.4))
-    echo = echo / echo.square().sum(1, keepdim=True).sqrt() * 10 ** (-uniform(0, 30) / 20)
+    echo = echo / echo.square().sum(1, keepdim=True).sqrt() * 10 ** (-uniform(6, 30) / 20)
     echo[:, 0] += 1
     # A microphone: up to 8 dB more or less in eight bands that flow into each other.
     bands = F.interpolate(uniform(-8, 8, 8)[:, None], size=size // 2 + 1, mode="linear", align_corners=True)[:, 0]
@@ -64,7 +64,7 @@ def listen(clips: torch.Tensor, lengths: torch.Tensor, generator: torch.Generato
     white = torch.fft.rfft(normal(total), size)
     noise = torch.fft.irfft(white * (frequencies + 0.01) ** -uniform(0.0, 1.0), size)[:, :total]
     loudness = sound.square().sum(1, keepdim=True).div(spoken.clamp(min=1)).sqrt()
-    sound = sound + noise * loudness * 10 ** (-uniform(5, 40) / 20) / noise.square().mean(1, keepdim=True).sqrt()
+    sound = sound + noise * loudness * 10 ** (-uniform(10, 40) / 20) / noise.square().mean(1, keepdim=True).sqrt()
     return normalize(sound, (before + spoken + after).squeeze(1))
 
 

@@ -21,13 +21,13 @@ FEMALE, MALE = Voice("espeak-ng", "en-gb+f4", 0.95, 0.6), Voice("flite", "rms", 
 WOMAN, MAN = Voice("espeak-ng", "cmn-latn-pinyin+Annie", 1.0, 0.5), Voice("espeak-ng", "cmn-latn-pinyin+m5", 0.9, 0.4)
 # file name -> screen, command, voice, label of the element to tap or the whole action
 SAMPLES: dict[str, tuple[str, Command, Voice, str]] = {
-    "battery.flac": ("settings.png", Command("tap", "en", "Battery", "test", 0), MALE, "Battery"),
-    "save.ogg": ("form.png", Command("tap", "en", "Save", "test", 2), FEMALE, "Save"),
-    "settings.ogg": ("toolbar.png", Command("open", "en", "Settings", "test", 1), FEMALE, "Settings"),
-    "back.ogg": ("form.png", Command("back", "en", "", "test", 2), MALE, 'do(action="Back")'),
-    "wechat.flac": ("launcher.png", Command("open", "zh", "微信", "test", 0), WOMAN, "微信"),
-    "buy.ogg": ("cards.png", Command("tap", "zh", "购买", "test", 0), MAN, "购买"),
-    "taobao.ogg": ("launcher.png", Command("open", "zh", "淘宝", "test", 1), MAN, 'do(action="Launch", app="淘宝")'),
+    "battery.flac": ("settings.png", Command("tap", "en", "Battery", "please tap on {}"), MALE, "Battery"),
+    "save.ogg": ("form.png", Command("tap", "en", "Save", "now press {}"), FEMALE, "Save"),
+    "settings.ogg": ("toolbar.png", Command("open", "en", "Settings", "can you open {} for me"), FEMALE, "Settings"),
+    "back.ogg": ("form.png", Command("back", "en", "", "go back please"), MALE, 'do(action="Back")'),
+    "wechat.flac": ("launcher.png", Command("open", "zh", "微信", "请帮我打开{}"), WOMAN, "微信"),
+    "buy.ogg": ("cards.png", Command("tap", "zh", "购买", "请点一下{}"), MAN, "购买"),
+    "taobao.ogg": ("launcher.png", Command("open", "zh", "淘宝", "帮我启动{}"), MAN, 'do(action="Launch", app="淘宝")'),
 }
 
 

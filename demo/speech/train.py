@@ -1,8 +1,8 @@
 """Training the demo's speech encoder and bridge: `python -m demo.speech.train --out demo/speech` on one GPU.
 
-Commands are spoken by synthetic voices once; each time one is drawn it is heard in another room, through another
-microphone, with other noise and at another tempo. Encoder, CTC head and bridge are trained together
-(demo.speech.losses).
+Synthetic voices go on speaking new commands beside the training, which draws from all that there are; each time one is
+drawn it is heard in another room, through another microphone, with other noise and at another tempo. Encoder, CTC head
+and bridge are trained together (demo.speech.losses).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.llm.model import LanguageModel
-from demo.speech.dataset import Clips, render
+from demo.speech.dataset import Clips, Corpus
 from demo.speech.losses import Codebook, collapse, commitment, ctc, spell
 from demo.speech.measures import error_rates
 from demo.speech.model import SpeechModel, export, letters
@@ -30,7 +30,6 @@ LETTERS = letters()
 CHECKPOINT = Path("demo/checkpoint")
 COMMITMENT = 2.0
 WARM_UP = 0.04  # of the training
-Targets = list[tuple[list[int], list[int]]]  # of each clip: letters, and tokens' places in the codebook
 
 
 class Trainer:
@@ -49,21 +48,18 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=device.type == "cuda")
 
-    def targets(self, clips: Clips) -> Targets:
-        return [(spell(command), self.codebook.encode(command)) for command, _ in clips.jobs]
-
-    def step(
-        self, clips: Clips, index: list[int], targets: Targets, generator: torch.Generator, done: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, clips: Clips, index: list[int], generator: torch.Generator, done: float) -> dict[str, torch.Tensor]:
         """One step; `done` is how much of the training lies behind it, 0..1."""
         self.model.train()
         for group in self.adam.param_groups:
             group["lr"] = self.rate * min(1.0, done / WARM_UP + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             heard = self.model(clips.batch(index, generator))
-        wanted = [targets[i] for i in index]
-        letter = ctc(heard.letters.float().log_softmax(-1), heard.frames, [spelt for spelt, _ in wanted])
-        token = ctc(self.codebook.nearness(heard.embeddings), heard.slots, [places for _, places in wanted])
+        said = [clips.jobs[i][0] for i in index]
+        letter = ctc(heard.letters.float().log_softmax(-1), heard.frames, [spell(command) for command in said])
+        near = self.codebook.nearness(heard.embeddings)
+        told = [row for row, command in enumerate(said) if command.intent]
+        token = ctc(near[told], heard.slots[told], [self.codebook.encode(said[row]) for row in told])
         off = commitment(heard.embeddings, heard.slots, self.codebook)
         self.adam.zero_grad(set_to_none=True)
         (letter + token + COMMITMENT * done * off).backward()  # type: ignore[no-untyped-call]
@@ -93,13 +89,11 @@ class Trainer:
 
 def train(arguments: argparse.Namespace) -> None:
     begun = time.monotonic()
-    held_out = render(arguments.held_out, "test", arguments.workers)
-    clips = render(arguments.clips, "train", arguments.workers)
+    corpus = Corpus(arguments.held_out, arguments.clips, arguments.workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(arguments.checkpoint, device, arguments.rate)
-    held_out, clips = held_out.to(device), clips.to(device)
-    targets = trainer.targets(clips)
+    held_out = corpus.begin(device)
     generator = torch.Generator(device).manual_seed(0)
     chooser = random.Random(0)
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,20 +108,21 @@ def train(arguments: argparse.Namespace) -> None:
 
         step, trained = 0, time.monotonic()
         size = sum(p.numel() for p in trainer.model.parameters())
-        note(event="start", parameters=size, device=str(device), clips=len(clips.jobs))
+        note(event="start", parameters=size, device=str(device), clips=corpus.size)
         done = 0.0
         while done < 1:
-            for index in clips.epoch(arguments.batch, chooser):
-                measures = trainer.step(clips, index, targets, generator, done)
+            for clips, index in corpus.epoch(arguments.batch, chooser):
+                measures = trainer.step(clips, index, generator, done)
                 step += 1
                 done = max(step / arguments.steps, (time.monotonic() - trained) / (60 * arguments.minutes))
                 if step % arguments.log_every == 0:
-                    note(**{name: float(value) for name, value in measures.items()})
+                    note(clips=corpus.size, **{name: float(value) for name, value in measures.items()})
                 if step % arguments.evaluate_every == 0:
                     note(event="held out", **trainer.evaluate(held_out, arguments.batch))
                 if done >= 1:
                     break
         note(event="held out", **trainer.evaluate(held_out, arguments.batch))
+    corpus.close()
     export(trainer.model, arguments.out)
 
 
@@ -136,14 +131,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo/speech"), help="where to write encoder/ and bridge/")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the language model")
     parser.add_argument("--log", type=Path, default=Path("demo/training/speech.jsonl"))
-    parser.add_argument("--clips", type=int, default=40_000, help="commands that are spoken")
+    parser.add_argument("--clips", type=int, default=250_000, help="commands that are spoken")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out commands to measure on")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="the training proper takes at most so long, the schedule along with it")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2),
+                        help="processes that render")  # fmt: skip
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--evaluate-every", type=int, default=1000)
     train(parser.parse_args())

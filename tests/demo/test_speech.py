@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from demo.screens import render
 from demo.speech import voices
-from demo.speech.commands import KINDS, WORDINGS, Command, ask, commands
+from demo.speech.commands import FORMS, HELD_OUT, KINDS, Command, ask, commands, wordings
 from demo.speech.dataset import Clips, jobs
 from demo.speech.losses import LETTERS, Codebook, collapse, commitment, ctc, spell
 from demo.speech.measures import distance, error_rates
@@ -39,9 +40,15 @@ def clips() -> Clips:
 
 
 def test_held_out_wordings_and_speakers_are_never_trained_on() -> None:
-    for forms in WORDINGS.values():
-        for trained, held_out in forms.values():
-            assert trained and held_out and not set(trained) & set(held_out)
+    for language, forms in FORMS.items():
+        held_out = [wording for of_intent in HELD_OUT[language].values() for wording in of_intent]
+        for intent in forms:
+            assert wordings(language, intent, "test") == HELD_OUT[language][intent]
+            for wording in wordings(language, intent, "train"):
+                assert not any(other in wording for other in held_out)
+    patterns = [re.escape(w).replace(r"\{\}", ".+") for forms in HELD_OUT.values() for of in forms.values() for w in of]
+    for command in commands(3000, "train", 0):
+        assert not any(re.search(pattern, command.text) for pattern in patterns)
     speakers = {split: {voice.speaker for _, voice in jobs(3000, split)} for split in ("train", "test")}
     assert len(speakers["train"]) > 100 and len(speakers["test"]) > 20
     assert not speakers["train"] & speakers["test"]
@@ -84,7 +91,7 @@ def test_letters_of_a_path_are_collapsed_as_ctc_does() -> None:
 
 
 def test_outputs_that_are_the_tokens_embeddings_cost_nothing(codebook: Codebook) -> None:
-    places = codebook.encode(Command("tap", "en", "Wi-Fi", "train", 0))
+    places = codebook.encode(Command("tap", "en", "Wi-Fi", "tap {}"))
     path = [0, 0, places[0], places[0], 0, *places[1:], 0]
     right = codebook.table[path][None]
     counts = torch.tensor([len(path)])
@@ -98,7 +105,7 @@ def test_outputs_that_are_the_tokens_embeddings_cost_nothing(codebook: Codebook)
 
 def test_a_clip_too_short_for_its_words_counts_nothing(codebook: Codebook) -> None:
     outputs = codebook.table[:2][None].clone().requires_grad_(True)
-    places = codebook.encode(Command("page", "en", "Bluetooth", "train", 0))
+    places = codebook.encode(Command("page", "en", "Bluetooth", "go to the {} page"))
     loss = ctc(codebook.nearness(outputs), torch.tensor([2]), [places])
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss == 0 and outputs.grad is not None and outputs.grad.isfinite().all()
@@ -109,7 +116,7 @@ def test_rooms_leave_clips_normalised_and_padded_with_zeros(clips: Clips) -> Non
     heard = clips.batch(index, torch.Generator().manual_seed(0))
     assert heard.clips.shape[1] % PAD_TO == 0 and heard.clips.isfinite().all()
     for row, length, spoken in zip(heard.clips, heard.lengths.tolist(), clips.lengths[index].tolist(), strict=True):
-        assert length > spoken / 1.16
+        assert length > spoken / 1.26
         assert not row[length:].any()
         assert abs(float(row[:length].mean())) < 1e-3 and abs(float(row[:length].var()) - 1) < 1e-2
     again = clips.batch(index, torch.Generator().manual_seed(0))
@@ -124,7 +131,7 @@ def test_silence_is_heard_as_silence() -> None:
 
 
 def test_an_epoch_holds_every_clip_once(clips: Clips) -> None:
-    batches = list(clips.epoch(4, random.Random(0)))
+    batches = clips.batches(4, random.Random(0))
     assert sorted(i for batch in batches for i in batch) == list(range(12))
 
 
@@ -166,7 +173,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors_are_counted_in_words_and_in_characters() -> None:
     assert distance("abcd", "abd") == 1 and distance([], ["a"]) == 1 and distance("ab", "ba") == 2
-    english, chinese = Command("tap", "en", "Wi-Fi", "train", 0), Command("tap", "zh", "设置", "train", 0)
+    english, chinese = Command("tap", "en", "Wi-Fi", "tap {}"), Command("tap", "zh", "设置", "点击{}")
     rates = error_rates([(english, "tap wi-fi"), (english, "tap why"), (chinese, "点击设")])
     assert rates == {"en": 1 / 4, "zh": 1 / 4}
 
