@@ -31,8 +31,9 @@ def constrained(engine: Engine, options: argparse.Namespace, prompt: int = PROMP
     for repeat in range(REPEATS + 1):
         prompts = [[random_prompt(engine.checkpoint, prompt) for _ in range(BATCH)] for _ in range(4)]
         times = answer_seconds(engine, prompts[0], tokens + 1) - answer_seconds(engine, prompts[1], 1)
-        bounds = answer_seconds(engine, prompts[2], tokens + 1, response_format=FORMAT)
-        bounds -= answer_seconds(engine, prompts[3], 1, response_format=FORMAT)
+        # One token more: the quotation mark, which no pass brings.
+        bounds = answer_seconds(engine, prompts[2], tokens + 2, response_format=FORMAT)
+        bounds -= answer_seconds(engine, prompts[3], 2, response_format=FORMAT)
         if repeat:  # what happens once happened before
             free.append(times / tokens)
             bound.append(bounds / tokens)

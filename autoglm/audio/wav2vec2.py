@@ -1,7 +1,8 @@
 """Wav2Vec2 (Baevski et al. 2020): samples to frames of features, and frames to text by its CTC head.
 
-The modules are transformers'; the way through them is our own, so that a batch of clips of different length gives for
-each clip what it gives alone, and nothing waits for the device. Two things would not be so with transformers':
+The weights are read by transformers; the way through them is our own (`autoglm.audio.layers`): a batch of clips of
+different length gives for each clip what it gives alone, nothing waits for the device, and the device does not wait for
+the host for long. Two things would not be so with transformers':
 
 - Checkpoints with a group norm (feat_extract_norm "group") take each channel's mean and variance over the whole clip,
   padding included, and were trained without padding: here the norm sees each clip's own frames.
@@ -10,16 +11,19 @@ each clip what it gives alone, and nothing waits for the device. Two things woul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from autoglm.audio.checkpoint import SpeechCheckpoint
+from autoglm.audio.layers import Convolution, EncoderLayer, PositionalConvolution
 from autoglm.checkpoint import CheckpointError
 
 EPSILON = 1e-7  # as transformers normalises
@@ -32,19 +36,21 @@ class Wav2Vec2:
         model: transformers' Wav2Vec2Model.
         head: [hidden_size] -> logits of the vocabulary; None if the checkpoint has none.
         tokenizer: transformers' Wav2Vec2CTCTokenizer; needed with a head.
-        pad_to: batches are padded to multiples of so many samples. A GPU's convolutions are prepared for each length
-            anew, which takes longer than computing them: few lengths keep that rare.
     """
 
-    def __init__(
-        self, checkpoint: SpeechCheckpoint, model: Any, head: nn.Module | None, tokenizer: Any, pad_to: int = 1
-    ) -> None:
+    def __init__(self, checkpoint: SpeechCheckpoint, model: Any, head: nn.Module | None, tokenizer: Any) -> None:
         self.checkpoint = checkpoint
-        self.pad_to = pad_to
-        self._model = model
+        config, extractor, encoder = model.config, model.feature_extractor, model.encoder
+        self._norms_groups = config.feat_extract_norm == "group"
+        self._norm_first = config.do_stable_layer_norm
+        self._convolutions = [(Convolution(layer.conv), layer) for layer in extractor.conv_layers]
+        self._projection = model.feature_projection
+        self._positions = PositionalConvolution(encoder.pos_conv_embed)
+        self._norm = encoder.layer_norm
+        self._layers = [EncoderLayer(layer, self._norm_first) for layer in encoder.layers]
         self._head = head
         self._tokenizer = tokenizer
-        weight: torch.Tensor = model.feature_projection.projection.weight
+        weight: torch.Tensor = self._projection.projection.weight
         self.device, self.dtype = weight.device, weight.dtype
 
     @classmethod
@@ -76,8 +82,7 @@ class Wav2Vec2:
         remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")  # weight norm: else computed in each pass
         loaded.eval().requires_grad_(False).to(device, dtype)
         head = loaded.lm_head if checkpoint.has_head else None
-        half_second = checkpoint.sampling_rate // 2
-        return cls(checkpoint, model, head, tokenizer, half_second if device.type == "cuda" else 1)
+        return cls(checkpoint, model, head, tokenizer)
 
     def prepare(self, samples: npt.NDArray[np.float32]) -> torch.Tensor:
         """A clip as `encode` takes it: fp32 [samples] on the CPU, normalised if the checkpoint wants it."""
@@ -95,19 +100,19 @@ class Wav2Vec2:
         Returns:
             [frames, hidden_size] of each on the device, views of one tensor.
         """
-        hidden = self._convolve(clips).transpose(1, 2)
         counts = [self.checkpoint.frames(len(clip)) for clip in clips]
-        exists = torch.arange(hidden.shape[1])[None] < torch.tensor(counts)[:, None]  # [n, T]
-        exists = self._send(exists)
-        hidden, _ = self._model.feature_projection(hidden)
-        hidden = hidden.masked_fill(~exists[..., None], 0)  # as the convolution over positions pads a clip alone
-        encoder = self._model.encoder
-        hidden = hidden + encoder.pos_conv_embed(hidden)
-        norm_first = self._model.config.do_stable_layer_norm
-        hidden = hidden if norm_first else encoder.layer_norm(hidden)
-        for layer in encoder.layers:
-            hidden = layer(hidden, attention_mask=exists[:, None, None])
-        hidden = encoder.layer_norm(hidden) if norm_first else hidden
+        longest = max(counts)
+        hidden, _ = self._projection(self._convolve(clips)[:, :longest])
+        mask = None
+        if min(counts) < longest:
+            exists = self._send(torch.arange(longest)[None] < torch.tensor(counts)[:, None])  # [n, T]
+            hidden = hidden.masked_fill(~exists[..., None], 0)  # as the convolution over positions pads a clip alone
+            mask = torch.zeros_like(exists, dtype=self.dtype).masked_fill(~exists, float("-inf"))[:, None, None]
+        hidden = hidden + self._positions(hidden)
+        hidden = hidden if self._norm_first else self._norm(hidden)
+        for layer in self._layers:
+            hidden = layer(hidden, mask)
+        hidden = self._norm(hidden) if self._norm_first else hidden
         return [row[:count] for row, count in zip(hidden, counts, strict=True)]
 
     @torch.inference_mode()
@@ -126,27 +131,33 @@ class Wav2Vec2:
         return [self._tokenizer.decode(ids) for ids in letters.split([len(clip) for clip in features])]
 
     def _convolve(self, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, channels, T]; frames behind a clip's own are arbitrary, but finite."""
-        longest = max(len(clip) for clip in clips)
-        samples = torch.zeros(len(clips), -(-longest // self.pad_to) * self.pad_to)
+        """[n, T, channels]; frames behind a clip's own are arbitrary, but finite."""
+        step = math.prod(self.checkpoint.strides)
+        length = -(-max(len(clip) for clip in clips) // step) * step  # all layers' frames begin anew with each clip
+        samples = torch.zeros(len(clips), length)
         for row, clip in zip(samples, clips, strict=True):
             row[: len(clip)] = clip
-        hidden: torch.Tensor = self._send(samples).to(self.dtype)[:, None]
-        first, *others = self._model.feature_extractor.conv_layers
-        if self._model.config.feat_extract_norm == "group":
-            hidden = first.conv(hidden)
-            kernel, stride = self.checkpoint.kernels[0], self.checkpoint.strides[0]
-            for row, clip in zip(hidden, clips, strict=True):
-                own = row[None, :, : (len(clip) - kernel) // stride + 1]
-                own.copy_(first.layer_norm(own))
-            hidden = first.activation(hidden)
-        else:
-            hidden = first(hidden)
-        for layer in others:
-            hidden = layer(hidden)
-        return hidden
+        hidden = self._send(samples).to(self.dtype).view(-1, 1)
+        for number, (convolve, layer) in enumerate(self._convolutions):
+            hidden = convolve(hidden)
+            if not self._norms_groups:
+                hidden = layer.layer_norm(hidden)
+            elif number == 0:
+                for clip, rows in zip(clips, torch.split(hidden, length // convolve.stride), strict=True):
+                    norm_channels(rows[: (len(clip) - convolve.kernel) // convolve.stride + 1], layer.layer_norm)
+            hidden = layer.activation(hidden)
+        frames = length // step
+        return F.pad(hidden, (0, 0, 0, len(clips) * frames - len(hidden))).view(len(clips), frames, -1)
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def norm_channels(rows: torch.Tensor, norm: nn.GroupNorm) -> None:
+    """Bring each channel of one clip to zero mean and unit variance, in place, then scale and shift it as learnt."""
+    values = rows.float()
+    variance, mean = torch.var_mean(values, 0, correction=0)
+    scale = (variance + norm.eps).rsqrt() * norm.weight
+    rows.copy_(torch.addcmul(norm.bias - mean * scale, values, scale))

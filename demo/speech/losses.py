@@ -1,9 +1,9 @@
-"""What training minimises: CTC twice, on letters and on the language model's own embeddings.
+"""What training minimises: CTC on the words of the transcript, and distances to the language model's own embeddings.
 
 The demo's language model stays as it is; it has only ever read text. So the bridge writes text: each of its embeddings
-should be that of a token of the plain wording (`Command.plain`), or of a line break, which the model reads over, as it
-reads over repetitions. Which of them comes where is nobody's business: with the line break as its blank, that is
-CTC, where the "logit" of a token is how near an embedding is to the token's.
+should be that of a token of the plain wording (`Command.plain`), or of a line break. It says nothing until the clip has
+been heard: its last embeddings are the tokens, one after another, and all before are line breaks, which the language
+model reads over.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from demo.speech.commands import PLAIN, Command, names
-from demo.speech.model import letters
+from demo.speech.model import SPACE, labels
 
 NEARNESS = 0.05  # of squared distances, which are about 512 between two tokens' embeddings
+BLANK = 0  # the place of the line break
 
 
 class Codebook(nn.Module):
@@ -59,12 +60,15 @@ def collapse(places: list[int]) -> list[int]:
     return [b for a, b in zip([-1, *places], places, strict=False) if a != b and b]
 
 
-LETTERS = {letter: index for index, letter in enumerate(letters())}
+LABELS = {label: index for index, label in enumerate(labels())}
 
 
 def spell(command: Command) -> list[int]:
-    """The letters of a transcript as indices."""
-    return [LETTERS["|" if letter == " " else letter] for letter in command.text]
+    """The labels of a transcript: words with spaces between them, or characters."""
+    if command.language == "zh":
+        return [LABELS[character] for character in command.text]
+    first, *others = (LABELS[word] for word in command.text.split())
+    return [first, *(label for word in others for label in (LABELS[SPACE], word))]
 
 
 def ctc(logp: torch.Tensor, counts: torch.Tensor, targets: list[list[int]]) -> torch.Tensor:
@@ -79,8 +83,28 @@ def ctc(logp: torch.Tensor, counts: torch.Tensor, targets: list[list[int]]) -> t
     return (loss / sizes.to(loss.device)).mean()
 
 
-def commitment(outputs: torch.Tensor, counts: torch.Tensor, codebook: Codebook) -> torch.Tensor:
-    """Mean squared distance from each embedding to the nearest token's, which CTC alone would let it overshoot."""
-    nearest = codebook.table[codebook.nearness(outputs).argmax(-1)]
-    inside = torch.arange(outputs.shape[1])[None] < counts[:, None]
-    return (outputs.float() - nearest).square().mean(-1)[inside.to(outputs.device)].mean()
+def bridge_path(places: list[int], slots: int) -> list[int]:
+    """What each of a clip's embeddings should be: blanks, then the tokens."""
+    return [BLANK] * (slots - len(places)) + places[-slots:]
+
+
+def saying(
+    outputs: torch.Tensor, counts: torch.Tensor, targets: list[list[int]], codebook: Codebook
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the cross entropy and of the squared distance per dimension; tokens weigh as much as blanks, which are
+    many more.
+
+    Args:
+        outputs: [B, S, hidden], of which `counts` [B], on the CPU, exist.
+        targets: places of the tokens that each clip should say.
+    """
+    behind = -1
+    length = outputs.shape[1]
+    rows = [bridge_path(places, n) for places, n in zip(targets, counts.tolist(), strict=True)]
+    path = torch.tensor([row + [behind] * (length - len(row)) for row in rows], device=outputs.device)
+    place = path.clamp(min=0)
+    entropy = -codebook.nearness(outputs).gather(-1, place[..., None])[..., 0]
+    off = (outputs.float() - codebook.table[place]).square().mean(-1)
+    token, blank = (path > BLANK).float(), (path == BLANK).float()
+    weight = token / token.sum() + blank / blank.sum().clamp(min=1)
+    return (entropy * weight).sum(), (off * weight).sum()

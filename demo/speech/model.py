@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoglm.audio.projector import Projector, ProjectorConfig
-from demo import vocabulary
 from demo.speech.commands import names, pieces
 from demo.speech.rooms import Heard
 from demo.speech.voices import RATE
@@ -28,18 +27,19 @@ FRAMES_PER_TOKEN = 5
 LOUDEST = 0.1  # what the first filters answer to a clip's loud parts; its layer norm adds 1e-5 to their variance
 
 
-def letters() -> list[str]:
-    """The vocabulary of transcripts: everything that commands are written with, in a fixed order."""
-    texts = [text for language in vocabulary.LANGUAGES for text in (*pieces(language), *names(language))]
-    return [PAD, SPACE, UNKNOWN, *sorted(set("".join(texts)) - {" "})]
+def labels() -> list[str]:
+    """The vocabulary of transcripts: the English words and the Chinese characters of all commands, in a fixed order."""
+    words = {word for text in (*pieces("en"), *names("en")) for word in text.split()}
+    characters = set("".join((*pieces("zh"), *names("zh"))))
+    return [PAD, SPACE, UNKNOWN, *sorted(words), *sorted(characters)]
 
 
 @dataclass(frozen=True)
 class Said:
-    """Of a batch: logits of letters [B, T, letters] and the frames of each clip [B]; the bridge's embeddings
+    """Of a batch: logits of labels [B, T, labels] and the frames of each clip [B]; the bridge's embeddings
     [B, S, output_size] and how many each clip has [B]. Counts are on the CPU."""
 
-    letters: torch.Tensor
+    labels: torch.Tensor
     frames: torch.Tensor
     embeddings: torch.Tensor
     slots: torch.Tensor
@@ -53,7 +53,7 @@ class SpeechModel(nn.Module):
         from transformers import Wav2Vec2Config, Wav2Vec2ForCTC  # takes seconds
 
         config = Wav2Vec2Config(
-            vocab_size=len(letters()),
+            vocab_size=len(labels()),
             hidden_size=256,
             num_hidden_layers=6,
             num_attention_heads=4,
@@ -87,7 +87,7 @@ class SpeechModel(nn.Module):
             first.bias.zero_()
 
     def forward(self, heard: Heard) -> Said:
-        """Letters and embeddings, frame by frame."""
+        """Labels and embeddings, frame by frame."""
         lengths = heard.lengths.to(heard.clips.device)
         own = torch.arange(heard.clips.shape[1], device=lengths.device)[None] < lengths[:, None]
         hidden = self.encoder.wav2vec2(heard.clips, attention_mask=own.long()).last_hidden_state
@@ -122,7 +122,7 @@ def export(model: SpeechModel, out: Path, dtype: torch.dtype = torch.bfloat16) -
     model.projector.save(bridge)
     model.float().load_state_dict(before)
     files: dict[str, dict[str, Any]] = {
-        "vocab.json": {letter: index for index, letter in enumerate(letters())},
+        "vocab.json": {label: index for index, label in enumerate(labels())},
         "tokenizer_config.json": {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
             "pad_token": PAD,

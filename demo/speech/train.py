@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from autoglm.checkpoint import Checkpoint
 from autoglm.llm.model import LanguageModel
 from demo.speech.dataset import Clips, Corpus
-from demo.speech.losses import Codebook, collapse, commitment, ctc, spell
+from demo.speech.losses import Codebook, bridge_path, collapse, ctc, saying, spell
 from demo.speech.measures import error_rates
-from demo.speech.model import SpeechModel, export, letters
+from demo.speech.model import SpeechModel, export, labels
 
-LETTERS = letters()
+LABELS = labels()
 CHECKPOINT = Path("demo/checkpoint")
-COMMITMENT = 2.0
+DISTANCE = 2.0  # weight of the distances beside the entropies
 WARM_UP = 0.04  # of the training
 
 
@@ -56,16 +56,15 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             heard = self.model(clips.batch(index, generator))
         said = [clips.jobs[i][0] for i in index]
-        letter = ctc(heard.letters.float().log_softmax(-1), heard.frames, [spell(command) for command in said])
-        near = self.codebook.nearness(heard.embeddings)
+        words = ctc(heard.labels.float().log_softmax(-1), heard.frames, [spell(command) for command in said])
         told = [row for row, command in enumerate(said) if command.intent]
-        token = ctc(near[told], heard.slots[told], [self.codebook.encode(said[row]) for row in told])
-        off = commitment(heard.embeddings, heard.slots, self.codebook)
+        plain = [self.codebook.encode(said[row]) for row in told]
+        tokens, off = saying(heard.embeddings[told], heard.slots[told], plain, self.codebook)
         self.adam.zero_grad(set_to_none=True)
-        (letter + token + COMMITMENT * done * off).backward()  # type: ignore[no-untyped-call]
+        (words + tokens + DISTANCE * off).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.adam.step()
-        return {"letters": letter.detach(), "tokens": token.detach(), "off": off.detach()}
+        return {"words": words.detach(), "tokens": tokens.detach(), "off": off.detach()}
 
     @torch.no_grad()
     def evaluate(self, clips: Clips, batch: int) -> dict[str, float]:
@@ -77,12 +76,13 @@ class Trainer:
         for start in range(0, len(order), batch):
             index = order[start : start + batch]
             heard = self.model(clips.batch(index, generator))
-            best, near = heard.letters.argmax(-1).tolist(), self.codebook.nearness(heard.embeddings).argmax(-1).tolist()
+            best, near = heard.labels.argmax(-1).tolist(), self.codebook.nearness(heard.embeddings).argmax(-1).tolist()
             for row, i in enumerate(index):
                 command = clips.jobs[i][0]
-                text = "".join(LETTERS[k] for k in collapse(best[row][: heard.frames[row]]))
+                text = "".join(LABELS[k] for k in collapse(best[row][: heard.frames[row]]))
                 said.append((command, text.replace("|", " ")))
-                right += collapse(near[row][: heard.slots[row]]) == self.codebook.encode(command)
+                slots = int(heard.slots[row])
+                right += near[row][:slots] == bridge_path(self.codebook.encode(command), slots)
         rates = {f"errors_{language}": rate for language, rate in error_rates(said).items()}
         return rates | {"bridge_right": right / len(order)}
 

@@ -18,8 +18,11 @@ LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVKJXQZ'"]
 HIDDEN = 32
 
 
-def write_encoder(directory: Path, norm: Literal["group", "layer"], seed: int = 0, head: bool = True) -> Path:
-    """A Wav2Vec2 as the base ("group") or the large ("layer") checkpoints are, with the real strides."""
+def write_encoder(
+    directory: Path, norm: Literal["group", "layer"], seed: int = 0, head: bool = True, adapters: int | None = None
+) -> Path:
+    """A Wav2Vec2 as the base ("group") or the large ("layer") checkpoints are, with the real strides; `adapters` is the
+    size of those in its layers, if it has any."""
     import transformers
 
     untyped: Any = transformers
@@ -37,6 +40,7 @@ def write_encoder(directory: Path, norm: Literal["group", "layer"], seed: int = 
         feat_extract_norm=norm,
         do_stable_layer_norm=large,
         pad_token_id=0,
+        adapter_attn_dim=adapters,
     )
     torch.manual_seed(seed)
     model = (untyped.Wav2Vec2ForCTC if head else untyped.Wav2Vec2Model)(config)

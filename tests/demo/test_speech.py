@@ -15,7 +15,7 @@ from demo.screens import render
 from demo.speech import voices
 from demo.speech.commands import FORMS, HELD_OUT, KINDS, Command, ask, commands, wordings
 from demo.speech.dataset import Clips, jobs
-from demo.speech.losses import LETTERS, Codebook, collapse, commitment, ctc, spell
+from demo.speech.losses import LABELS, Codebook, bridge_path, collapse, ctc, saying, spell
 from demo.speech.measures import distance, error_rates
 from demo.speech.rooms import PAD_TO, listen
 from demo.speech.voices import RATE, VARIANTS, Voice
@@ -59,8 +59,8 @@ def test_everything_that_can_be_said_can_be_spelt_and_bridged(codebook: Codebook
     for split in ("train", "test"):
         for command in commands(2000, split, 0):
             assert "{" not in command.text and "the the" not in command.text
-            letters = [list(LETTERS)[k] for k in spell(command)]
-            assert "".join(letters).replace("|", " ") == command.text
+            labels = [list(LABELS)[k] for k in spell(command)]
+            assert "".join(labels).replace("|", " ") == command.text
             assert 0 not in codebook.encode(command)
 
 
@@ -85,30 +85,38 @@ def test_a_command_on_a_screen_names_what_its_task_is_about() -> None:
     assert found > 60
 
 
-def test_letters_of_a_path_are_collapsed_as_ctc_does() -> None:
+def test_labels_of_a_path_are_collapsed_as_ctc_does() -> None:
     assert collapse([0, 3, 3, 0, 3, 5, 5, 0]) == [3, 3, 5]
     assert collapse([]) == []
 
 
-def test_outputs_that_are_the_tokens_embeddings_cost_nothing(codebook: Codebook) -> None:
+def test_outputs_that_are_the_tokens_embeddings_at_the_end_cost_nothing(codebook: Codebook) -> None:
     places = codebook.encode(Command("tap", "en", "Wi-Fi", "tap {}"))
-    path = [0, 0, places[0], places[0], 0, *places[1:], 0]
+    path = bridge_path(places, len(places) + 4)
+    assert path == [0, 0, 0, 0, *places]
     right = codebook.table[path][None]
+    behind = 100 * torch.ones(1, 3, 256)  # what lies behind a clip's end counts nothing
     counts = torch.tensor([len(path)])
-    assert ctc(codebook.nearness(right), counts, [places]) < 1e-3
-    assert commitment(right, counts, codebook) < 1e-6
-    assert ctc(codebook.nearness(right), counts, [places[::-1]]) > 1
-    assert commitment(1.5 * right, counts, codebook) > 0.1
-    shorter = torch.cat((right, 100 * torch.ones(1, 3, 256)), dim=1)
-    assert commitment(shorter, counts, codebook) < 1e-6, "what lies behind a clip's end counts nothing"
+    entropy, off = saying(torch.cat((right, behind), dim=1), counts, [places], codebook)
+    assert entropy < 1e-3 and off < 1e-6
+    entropy, off = saying(right, counts, [places[::-1]], codebook)
+    assert entropy > 1 and off > 1
+    entropy, off = saying(1.5 * right, counts, [places], codebook)
+    assert entropy < 1e-3 and off > 0.1
+    one_wrong = right.clone()
+    one_wrong[0, -1] = codebook.table[0]
+    entropy, off = saying(one_wrong, counts, [places], codebook)
+    assert off > 1.5 / len(places), "a token weighs more than a blank"
 
 
-def test_a_clip_too_short_for_its_words_counts_nothing(codebook: Codebook) -> None:
-    outputs = codebook.table[:2][None].clone().requires_grad_(True)
-    places = codebook.encode(Command("page", "en", "Bluetooth", "go to the {} page"))
-    loss = ctc(codebook.nearness(outputs), torch.tensor([2]), [places])
+def test_a_clip_too_short_for_its_words(codebook: Codebook) -> None:
+    command = Command("page", "en", "Bluetooth", "go to the {} page")
+    places = codebook.encode(command)
+    assert bridge_path(places, 2) == places[-2:]
+    logits = torch.randn(1, 2, len(LABELS), requires_grad=True)
+    loss = ctc(logits.log_softmax(-1), torch.tensor([2]), [spell(command)])
     loss.backward()  # type: ignore[no-untyped-call]
-    assert loss == 0 and outputs.grad is not None and outputs.grad.isfinite().all()
+    assert loss == 0 and logits.grad is not None and logits.grad.isfinite().all()
 
 
 def test_rooms_leave_clips_normalised_and_padded_with_zeros(clips: Clips) -> None:

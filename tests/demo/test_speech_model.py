@@ -67,7 +67,7 @@ def test_the_server_reads_what_training_computes(model: SpeechModel, heard: Hear
 
 def test_gradients_reach_the_first_filters(model: SpeechModel, heard: Heard) -> None:
     said = model(heard)
-    (said.letters.square().mean() + said.embeddings.square().mean()).backward()
+    (said.labels.square().mean() + said.embeddings.square().mean()).backward()
     gradient = model.encoder.wav2vec2.feature_extractor.conv_layers[0].conv.weight.grad
     assert gradient is not None and gradient.isfinite().all() and gradient.any()
     model.zero_grad(set_to_none=True)
