@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.llm.model import LanguageModel
 from autoglm.vision.vit import VisionTransformer
-from benchmarks import limits, random_checkpoint
+from benchmarks import limits, random_checkpoint, speech
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,15 @@ def test_vision(published: Checkpoint) -> None:
     rounded = limits.encode(published.vision, 13416, "int8")
     assert rounded.operations == work.operations
     assert milliseconds(rounded, "int8") == pytest.approx(57.0, abs=0.1)
+
+
+def test_speech() -> None:
+    """wav2vec2-base: 94 million weights; of ten seconds the convolutions take a third of the operations."""
+    shape = transformers.Wav2Vec2Config().to_dict()
+    work = speech.hear(shape, 160_000, 1)
+    assert work.bytes == pytest.approx(2 * 94.4e6, rel=0.01)
+    assert work.operations == pytest.approx(151e9, rel=0.02)
+    assert speech.hear(shape, 160_000, 16).operations == 16 * work.operations
 
 
 @pytest.mark.parametrize(("setting", "size"), [("int8", 1), ("bf16", 2)])

@@ -12,10 +12,11 @@ import torch
 
 from autoglm.kernels import reference
 from autoglm.llm.engine import Engine
-from benchmarks import constrained, decode, kernels, live, prefill, screenshot, start, vision
+from benchmarks import constrained, decode, kernels, live, prefill, screenshot, speech, start, vision
 from benchmarks.cases import Case, Cases
 from benchmarks.engines import open_engine
 from benchmarks.report import Row, report
+from tests.audio.speech_checkpoints import write_encoder
 from tests.conftest import Pair
 
 GRID = (1, 8, 6)  # 12 visual tokens
@@ -37,7 +38,7 @@ def check(rows: list[Row], names: list[str], options: argparse.Namespace) -> Non
     """Rows of these names, sensible, and written as they are."""
     assert [row.name for row in rows] == names
     for row in rows:
-        assert row.setting == "int8"
+        assert row.setting == options.setting
         assert row.value > 0 and math.isfinite(row.value)
         assert row.share is None or row.share > 0
     content = json.loads(report(options, "some", rows).read_text())
@@ -81,6 +82,14 @@ def test_vision(plain: Pair, options: argparse.Namespace) -> None:
     rows = vision.measure(plain.checkpoint, options, size=(84, 112), repeats=1)
     check(rows, ["vit-48", "png-to-embeddings", "png-to-embeddings-known"], options)
     assert rows[2].value < rows[1].value
+
+
+def test_speech(options: argparse.Namespace, tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "encoder", "group")
+    options.setting = "bf16"
+    rows = speech.measure(encoder, options, samples=4000, repeats=1)
+    check(rows, ["speech-1", "speech-16"], options)
+    assert rows[1].limit and rows[0].limit and rows[1].limit > rows[0].limit
 
 
 def test_screenshot(plain: Pair, options: argparse.Namespace) -> None:
