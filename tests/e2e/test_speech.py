@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from autoglm_client.cli import main
@@ -24,10 +25,12 @@ from autoglm.messages import read_messages
 from autoglm.sampling import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
+from gateway.app import create_app
 from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
 from tests.audio.test_file import REFUSED
 from tests.e2e.conftest import ROOT
 from tests.e2e.triton import Call, ask
+from tests.gateway.running import configured, serve
 from tests.images import encode, picture
 
 CPU = torch.device("cpu")
@@ -164,6 +167,40 @@ def test_bad_sound_is_refused_and_stops_nobody(hearing: TritonServer) -> None:
 def test_a_deaf_server_says_so(server: TritonServer) -> None:
     with pytest.raises(InferenceServerException, match="AUDIO: this server has no speech encoder; allowed: no audio"):
         ask(server, {"PROMPT": ["hi"], "AUDIO": [SOUND]}, **SHORT)
+
+
+@pytest.mark.parametrize("mode", ["transcript", "bridge"])
+def test_sound_goes_through_the_gateway(hearing: TritonServer, mode: Mode) -> None:
+    screen = encode(picture(200, 300, 1))
+    given = {"audio_mode": mode, "max_tokens": 12, "ignore_eos": True}
+    sounds: list[dict[str, Any]] = [
+        {"type": "input_audio", "input_audio": {"data": b64encode(data).decode(), "format": kind}}
+        for data, kind in ((MIXED[0], "flac"), (MIXED[2], "mp3"))
+    ]
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64encode(screen).decode()}"}}
+    content = [image, sounds[0], {"type": "text", "text": "then"}, sounds[1]]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": content}], **given}
+    with serve(create_app(hearing.grpc_url, configured())) as url, httpx.Client(base_url=url, timeout=60) as http:
+        whole = http.post("/v1/chat/completions", json=body).json()
+        lines = http.post("/v1/chat/completions", json=body | {"stream": True}).text.splitlines()
+        refused = http.post("/v1/chat/completions", json=body | {"audio_mode": "words"})
+    parts = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "then"}, {"type": "audio"}]
+    messages = json.dumps([{"role": "user", "content": parts}])
+    inputs: dict[str, Sequence[bytes | str]] = {
+        "MESSAGES": [messages], "IMAGES": [screen], "AUDIO": [MIXED[0], MIXED[2]],
+    }  # fmt: skip
+    direct = ask(hearing, inputs, **given)
+
+    assert whole["choices"][0]["message"]["content"] == direct.text
+    assert whole["usage"]["prompt_tokens"] == direct.usage["prompt_tokens"]
+    assert whole.get("transcripts", []) == direct.transcripts
+    assert len(direct.transcripts) == (2 if mode == "transcript" else 0)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == direct.text
+    assert [chunk["transcripts"] for chunk in chunks if "transcripts" in chunk] == [direct.transcripts] * bool(
+        direct.transcripts
+    )
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "audio_mode"
 
 
 def test_the_command_speaks(hearing: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
