@@ -7,15 +7,16 @@ for long. `decode_image` gives the pixels, with the same checks before it starts
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import re
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pybase64
 from PIL import ExifTags, Image
 
 from autoglm.config import LimitsConfig
@@ -133,9 +134,11 @@ def decode_base64(text: str, limit: int, name: str, per: str) -> bytes:
     size = len(text) * 3 // 4
     if size > limit + 2:
         raise invalid(name, Exact(f"about {size} bytes"), f"at most {limit} bytes {per}")
+    with suppress(ValueError):
+        return pybase64.b64decode(text, validate=True)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(text, validate=True)  # says what is wrong
+    except ValueError as error:
         raise RequestError(f"{name}: got broken base64 ({error}); allowed: the whole of a file") from None
 
 

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from autoglm.config import Config
 from autoglm.errors import RequestError
 from gateway.answer import Answer, EventStream
+from gateway.body import JsonRoute
 from gateway.content import Content, of_chat, of_prompt
 from gateway.document import describe
 from gateway.errors import ApiError, from_fault, from_validation
@@ -125,6 +126,7 @@ def create_app(
         await gateway.close()
 
     app = FastAPI(title="AutoGLM", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
     app.add_middleware(Gate, keys=Keys(keys), config=config.gateway, metrics=gateway.metrics)
     app.post("/v1/chat/completions")(gateway.chat)
     app.post("/v1/completions")(gateway.complete)

@@ -14,7 +14,7 @@ from transformers.image_utils import load_image
 
 from autoglm.config import LimitsConfig
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.media import decode_data_url, decode_image, media_hash, read_image
+from autoglm.media import decode_base64, decode_data_url, decode_image, media_hash, read_image
 
 LIMITS = LimitsConfig()
 PHOTO = Path(__file__).parent / "vision" / "photos" / "rocket.jpg"
@@ -229,6 +229,20 @@ def test_data_urls_are_decoded_strictly() -> None:
         assert len(caught.value.message) < 250
     with pytest.raises(RequestError, match="at most"):
         decode_data_url("data:image/png;base64," + text + "AAAA", limits, "url")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "QQ==", "QR==", "AAAA", "AAAA====", "A", "AAA", "=", "AA=A", "AA\nAA", "A-_A", "@@@@", "é"]
+)
+def test_base64_is_what_the_standard_library_says(text: str) -> None:
+    try:
+        wanted = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        with pytest.raises(RequestError) as caught:
+            decode_base64(text, 10, "url", "per image")
+        assert caught.value.message == f"url: got broken base64 ({error}); allowed: the whole of a file"
+    else:
+        assert decode_base64(text, 10, "url", "per image") == wanted
 
 
 def test_the_hash_tells_files_and_grids_apart() -> None:
