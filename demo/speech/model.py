@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from autoglm.audio.projector import Projector, ProjectorConfig
@@ -109,6 +110,12 @@ def band_filters(count: int, length: int) -> torch.Tensor:
     time = (torch.arange(length) - length / 2) / RATE
     angles = 2 * math.pi * hertz[:, None, None] * time + phases[:, None]
     return (angles.cos() * torch.hann_window(length)).flatten(0, 1) * (LOUDEST / math.sqrt(length))
+
+
+def resume(model: SpeechModel, out: Path) -> None:
+    """Read what `export` wrote, to train it further."""
+    for part, name in ((model.encoder, "encoder"), (model.projector, "bridge")):
+        part.load_state_dict(load_file(out / name / "model.safetensors"))
 
 
 def export(model: SpeechModel, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -24,7 +24,7 @@ from autoglm.llm.model import LanguageModel
 from demo.speech.dataset import Clips, Corpus
 from demo.speech.losses import Codebook, bridge_path, collapse, ctc, saying, spell
 from demo.speech.measures import error_rates
-from demo.speech.model import SpeechModel, export, labels
+from demo.speech.model import SpeechModel, export, labels, resume
 
 LABELS = labels()
 CHECKPOINT = Path("demo/checkpoint")
@@ -93,6 +93,8 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(arguments.checkpoint, device, arguments.rate)
+    if arguments.start is not None:
+        resume(trainer.model, arguments.start)
     held_out = corpus.begin(device)
     generator = torch.Generator(device).manual_seed(0)
     chooser = random.Random(0)
@@ -129,6 +131,7 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo/speech"), help="where to write encoder/ and bridge/")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from encoder/ and bridge/ there")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the language model")
     parser.add_argument("--log", type=Path, default=Path("demo/training/speech.jsonl"))
     parser.add_argument("--clips", type=int, default=250_000, help="commands that are spoken")

@@ -15,7 +15,7 @@ from autoglm.audio.wav2vec2 import Wav2Vec2
 from demo.evaluate import POINTED
 from demo.speech.backends import SpeechLibrary
 from demo.speech.measures import distance
-from demo.speech.model import SpeechModel, band_filters, export
+from demo.speech.model import SpeechModel, band_filters, export, resume
 from demo.speech.rooms import Heard, normalize
 from demo.speech.voices import RATE
 
@@ -63,6 +63,16 @@ def test_the_server_reads_what_training_computes(model: SpeechModel, heard: Hear
         assert len(row) == slots
         torch.testing.assert_close(row, expected[:slots], rtol=1e-3, atol=1e-4)
     assert len(encoder.transcribe(features)) == 2
+
+
+def test_training_goes_on_from_what_was_written(model: SpeechModel, heard: Heard, tmp_path: Path) -> None:
+    export(model, tmp_path, torch.float32)
+    torch.manual_seed(1)
+    other = SpeechModel(256).eval()
+    resume(other, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(other(heard).labels, model(heard).labels)
+        assert torch.equal(other(heard).embeddings, model(heard).embeddings)
 
 
 def test_gradients_reach_the_first_filters(model: SpeechModel, heard: Heard) -> None:
