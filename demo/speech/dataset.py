@@ -38,14 +38,15 @@ class Clips:
         return (self.lengths / RATE).tolist()  # type: ignore[no-any-return]
 
     def batch(self, index: list[int], generator: torch.Generator) -> Heard:
-        """Clips as they are heard in some room at some tempo."""
+        """Clips as they are heard in some room at some tempo; the generator is on the CPU."""
         device = self.samples.device
-        lengths, starts = self.lengths[index], self.starts[index].to(device)
+        lengths = self.lengths[index]
+        starts, ends = (t.to(device, non_blocking=True)[:, None] for t in (self.starts[index], lengths))
         places = torch.arange(int(lengths.max()), device=device)[None]
-        at = (starts[:, None] + places).clamp(max=len(self.samples) - 1)
-        sound = self.samples[at].float() * (places < lengths.to(device)[:, None]) / 32768
-        draw = torch.rand((), generator=generator, device=device)
-        return listen(sound, lengths, generator, 1 + TEMPO * (2 * float(draw) - 1))
+        at = (starts + places).clamp(max=len(self.samples) - 1)
+        sound = self.samples[at].float() * (places < ends) / 32768
+        draw = float(torch.rand((), generator=generator))
+        return listen(sound, lengths, generator, 1 + TEMPO * (2 * draw - 1))
 
     def batches(self, size: int, rng: random.Random) -> list[list[int]]:
         """Indices of batches of `size`, of about equal length, that hold every clip once, but for a rest."""

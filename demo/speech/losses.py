@@ -77,10 +77,10 @@ def ctc(logp: torch.Tensor, counts: torch.Tensor, targets: list[list[int]]) -> t
     Args:
         logp: [B, T, targets], of which `counts` [B], on the CPU, exist.
     """
-    flat = torch.tensor([place for target in targets for place in target], device=logp.device)
+    flat = torch.tensor([place for target in targets for place in target]).to(logp.device, non_blocking=True)
     sizes = torch.tensor([len(target) for target in targets])
     loss = F.ctc_loss(logp.transpose(0, 1), flat, counts, sizes, reduction="none", zero_infinity=True)
-    return (loss / sizes.to(loss.device)).mean()
+    return (loss / sizes.to(loss.device, non_blocking=True)).mean()
 
 
 def bridge_path(places: list[int], slots: int) -> list[int]:
@@ -101,7 +101,8 @@ def saying(
     behind = -1
     length = outputs.shape[1]
     rows = [bridge_path(places, n) for places, n in zip(targets, counts.tolist(), strict=True)]
-    path = torch.tensor([row + [behind] * (length - len(row)) for row in rows], device=outputs.device)
+    path = torch.tensor([row + [behind] * (length - len(row)) for row in rows])
+    path = path.to(outputs.device, non_blocking=True)
     place = path.clamp(min=0)
     entropy = -codebook.nearness(outputs).gather(-1, place[..., None])[..., 0]
     off = (outputs.float() - codebook.table[place]).square().mean(-1)

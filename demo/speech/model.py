@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def labels() -> list[str]:
     return [PAD, SPACE, UNKNOWN, *sorted(words), *sorted(characters)]
 
 
+Network = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as SpeechModel.forward
+
+
 @dataclass(frozen=True)
 class Said:
     """Of a batch: logits of labels [B, T, labels] and the frames of each clip [B]; the bridge's embeddings
@@ -44,6 +48,16 @@ class Said:
     frames: torch.Tensor
     embeddings: torch.Tensor
     slots: torch.Tensor
+
+
+class Windows(nn.Conv1d):
+    """A convolution as one product of all windows with the weights; cuDNN would take longer than all other layers."""
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        """[B, in, T] -> [B, out, (T - kernel) // stride + 1]"""
+        (kernel,), (stride,) = self.kernel_size, self.stride
+        windows = signal.transpose(1, 2).unfold(1, kernel, stride).transpose(2, 3).flatten(2)
+        return F.linear(windows, self.weight.transpose(1, 2).flatten(1), self.bias).transpose(1, 2)
 
 
 class SpeechModel(nn.Module):
@@ -82,22 +96,41 @@ class SpeechModel(nn.Module):
         encoder: Any = Wav2Vec2ForCTC(config)
         self.encoder = encoder
         self.projector = Projector(ProjectorConfig(FRAMES_PER_TOKEN, 256, 512, output_size))
-        first: Any = encoder.wav2vec2.feature_extractor.conv_layers[0].conv
+        for layer in encoder.wav2vec2.feature_extractor.conv_layers:
+            conv = layer.conv
+            layer.conv = Windows(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+        first = encoder.wav2vec2.feature_extractor.conv_layers[0].conv
         with torch.no_grad():
             first.weight.copy_(band_filters(first.weight.shape[0], first.weight.shape[-1])[:, None])
             first.bias.zero_()
 
-    def forward(self, heard: Heard) -> Said:
-        """Labels and embeddings, frame by frame."""
-        lengths = heard.lengths.to(heard.clips.device)
-        own = torch.arange(heard.clips.shape[1], device=lengths.device)[None] < lengths[:, None]
-        hidden = self.encoder.wav2vec2(heard.clips, attention_mask=own.long()).last_hidden_state
-        frames = self.encoder._get_feat_extract_output_lengths(heard.lengths)
-        inside = torch.arange(hidden.shape[1], device=hidden.device)[None] < frames.to(hidden.device)[:, None]
-        padded = F.pad(hidden * inside[..., None], (0, 0, 0, -hidden.shape[1] % FRAMES_PER_TOKEN))
+    def forward(self, clips: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of labels [B, T, labels] and embeddings [B, S, output_size].
+
+        Args:
+            clips: [B, samples].
+            exists: [B, T], which frames are a clip's own. The others count as silence for the embeddings.
+        """
+        wav2vec2 = self.encoder.wav2vec2
+        signal = clips[:, None]
+        for layer in wav2vec2.feature_extractor.conv_layers:
+            signal = layer(signal)
+        hidden, _ = wav2vec2.feature_projection(signal.transpose(1, 2))
+        hidden = hidden * exists[..., None]
+        hidden = wav2vec2.encoder.dropout(hidden + wav2vec2.encoder.pos_conv_embed(hidden))
+        for layer in wav2vec2.encoder.layers:
+            hidden = layer(hidden, attention_mask=exists[:, None, None])
+        hidden = wav2vec2.encoder.layer_norm(hidden)
+        padded = F.pad(hidden * exists[..., None], (0, 0, 0, -hidden.shape[1] % FRAMES_PER_TOKEN))
         embeddings = self.projector([padded.flatten(0, 1)])[0].unflatten(0, (len(padded), -1))
-        slots = (frames + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
-        return Said(self.encoder.lm_head(hidden), frames, embeddings, slots)
+        return self.encoder.lm_head(hidden), embeddings
+
+    def listen(self, heard: Heard, network: Network | None = None) -> Said:
+        """What is said in clips; by another way through the same network, if given."""
+        most, frames = (self.encoder._get_feat_extract_output_lengths(n) for n in (heard.clips.shape[1], heard.lengths))
+        exists = torch.arange(int(most))[None] < frames[:, None]
+        said, embeddings = (network or self)(heard.clips, exists.to(heard.clips.device, non_blocking=True))
+        return Said(said, frames, embeddings, (frames + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN)
 
 
 def band_filters(count: int, length: int) -> torch.Tensor:

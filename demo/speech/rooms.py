@@ -30,20 +30,26 @@ def listen(clips: torch.Tensor, lengths: torch.Tensor, generator: torch.Generato
     Args:
         clips: fp32 [B, T], zero behind their ends.
         lengths: [B], in samples, on the CPU.
-        generator: of the clips' device.
+        generator: on the CPU, as nothing here waits for the device.
         tempo: played so many times as fast, and as high.
     """
     device, count = clips.device, clips.shape[0]
+    hiss = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
+
+    def drawn(low: float, high: float, columns: int = 1) -> torch.Tensor:
+        return low + (high - low) * torch.rand((count, columns), generator=generator)
 
     def uniform(low: float, high: float, columns: int = 1) -> torch.Tensor:
-        return low + (high - low) * torch.rand((count, columns), generator=generator, device=device)
+        return drawn(low, high, columns).to(device, non_blocking=True)
 
     def normal(columns: int) -> torch.Tensor:
-        return torch.randn((count, columns), generator=generator, device=device)
+        return torch.randn((count, columns), generator=hiss, device=device)
 
     clips = F.interpolate(clips[:, None], size=math.ceil(clips.shape[1] / tempo), mode="linear")[:, 0]
-    spoken = (lengths / tempo).long().to(device)[:, None]
-    before, after = (uniform(0.1, 1.0).mul(SILENCE).long() for _ in range(2))
+    lengths = (lengths / tempo).long()
+    spoken = lengths[:, None].to(device, non_blocking=True)
+    silences = drawn(0.1, 1.0, 2).mul(SILENCE).long()  # [B, 2]: before and after
+    before = silences[:, :1].to(device, non_blocking=True)
     total = clips.shape[1] + 2 * SILENCE
     at = torch.arange(total, device=device)[None] - before
     inside = (at >= 0) & (at < spoken)
@@ -65,15 +71,15 @@ def listen(clips: torch.Tensor, lengths: torch.Tensor, generator: torch.Generato
     noise = torch.fft.irfft(white * (frequencies + 0.01) ** -uniform(0.0, 1.0), size)[:, :total]
     loudness = sound.square().sum(1, keepdim=True).div(spoken.clamp(min=1)).sqrt()
     sound = sound + noise * loudness * 10 ** (-uniform(10, 40) / 20) / noise.square().mean(1, keepdim=True).sqrt()
-    return normalize(sound, (before + spoken + after).squeeze(1))
+    return normalize(sound, lengths + silences.sum(1))
 
 
 def normalize(sound: torch.Tensor, lengths: torch.Tensor) -> Heard:
-    """Zero mean and unit variance over each clip's own samples, as the checkpoint's preprocessor wants it."""
-    size = lengths[:, None].clamp(min=1)
+    """Zero mean and unit variance over each clip's own samples, as the checkpoint's preprocessor wants it; `lengths`
+    are on the CPU."""
+    size = lengths[:, None].clamp(min=1).to(sound.device, non_blocking=True)
     own = torch.arange(sound.shape[1], device=sound.device)[None] < size
     sound = (sound - (sound * own).sum(1, keepdim=True) / size) * own
     sound = sound / (sound.square().sum(1, keepdim=True) / size + 1e-7).sqrt()
-    lengths = lengths.cpu()
     longest = math.ceil(int(lengths.max()) / PAD_TO) * PAD_TO
     return Heard(F.pad(sound, (0, max(0, longest - sound.shape[1])))[:, :longest], lengths)

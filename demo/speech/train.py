@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from autoglm.checkpoint import Checkpoint
 from autoglm.llm.model import LanguageModel
 from demo.speech.dataset import Clips, Corpus
+from demo.speech.graphs import Graphs
 from demo.speech.losses import Codebook, bridge_path, collapse, ctc, saying, spell
 from demo.speech.measures import error_rates
 from demo.speech.model import SpeechModel, export, labels, resume
@@ -42,6 +43,7 @@ class Trainer:
         tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         self.codebook = Codebook(tokenizer, language.embed_tokens.weight).to(device)
         self.model = SpeechModel(language.config.hidden_size).to(device)
+        self.graphs = Graphs(self.model.train()) if device.type == "cuda" else None
         self.device, self.rate = device, rate
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
@@ -53,13 +55,13 @@ class Trainer:
         self.model.train()
         for group in self.adam.param_groups:
             group["lr"] = self.rate * min(1.0, done / WARM_UP + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            heard = self.model(clips.batch(index, generator))
+        heard = self.model.listen(clips.batch(index, generator), self.graphs)
         said = [clips.jobs[i][0] for i in index]
         words = ctc(heard.labels.float().log_softmax(-1), heard.frames, [spell(command) for command in said])
-        told = [row for row, command in enumerate(said) if command.intent]
-        plain = [self.codebook.encode(said[row]) for row in told]
-        tokens, off = saying(heard.embeddings[told], heard.slots[told], plain, self.codebook)
+        told = torch.tensor([row for row, command in enumerate(said) if command.intent], dtype=torch.long)
+        plain = [self.codebook.encode(said[row]) for row in told.tolist()]
+        embeddings = heard.embeddings[told.to(self.device, non_blocking=True)]
+        tokens, off = saying(embeddings, heard.slots[told], plain, self.codebook)
         self.adam.zero_grad(set_to_none=True)
         (words + tokens + DISTANCE * off).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -70,12 +72,12 @@ class Trainer:
     def evaluate(self, clips: Clips, batch: int) -> dict[str, float]:
         """Error rates of transcripts, and the share of clips whose bridge says the plain wording."""
         self.model.eval()
-        generator = torch.Generator(self.device).manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         said, right = [], 0
         order = sorted(range(len(clips.jobs)), key=clips.seconds.__getitem__)
         for start in range(0, len(order), batch):
             index = order[start : start + batch]
-            heard = self.model(clips.batch(index, generator))
+            heard = self.model.listen(clips.batch(index, generator))
             best, near = heard.labels.argmax(-1).tolist(), self.codebook.nearness(heard.embeddings).argmax(-1).tolist()
             for row, i in enumerate(index):
                 command = clips.jobs[i][0]
@@ -96,7 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.start is not None:
         resume(trainer.model, arguments.start)
     held_out = corpus.begin(device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     chooser = random.Random(0)
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     with arguments.log.open("w", encoding="utf-8") as log:

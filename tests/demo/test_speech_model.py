@@ -14,6 +14,7 @@ from autoglm.audio.projector import Projector
 from autoglm.audio.wav2vec2 import Wav2Vec2
 from demo.evaluate import POINTED
 from demo.speech.backends import SpeechLibrary
+from demo.speech.graphs import Graphs
 from demo.speech.measures import distance
 from demo.speech.model import SpeechModel, band_filters, export, resume
 from demo.speech.rooms import Heard, normalize
@@ -53,7 +54,7 @@ def test_filters_answer_to_their_own_band() -> None:
 def test_the_server_reads_what_training_computes(model: SpeechModel, heard: Heard, tmp_path: Path) -> None:
     export(model, tmp_path, torch.float32)
     with torch.no_grad():
-        said = model(heard)
+        said = model.listen(heard)
     encoder = Wav2Vec2.load(SpeechCheckpoint.open(tmp_path / "encoder"), torch.device("cpu"), torch.float32)
     bridge = Projector.load(tmp_path / "bridge", torch.device("cpu"), torch.float32)
     rows = [row[:length] for row, length in zip(heard.clips, heard.lengths.tolist(), strict=True)]
@@ -71,16 +72,39 @@ def test_training_goes_on_from_what_was_written(model: SpeechModel, heard: Heard
     other = SpeechModel(256).eval()
     resume(other, tmp_path)
     with torch.no_grad():
-        assert torch.equal(other(heard).labels, model(heard).labels)
-        assert torch.equal(other(heard).embeddings, model(heard).embeddings)
+        assert torch.equal(other.listen(heard).labels, model.listen(heard).labels)
+        assert torch.equal(other.listen(heard).embeddings, model.listen(heard).embeddings)
 
 
 def test_gradients_reach_the_first_filters(model: SpeechModel, heard: Heard) -> None:
-    said = model(heard)
-    (said.labels.square().mean() + said.embeddings.square().mean()).backward()
+    said = model.listen(heard)
+    (said.labels.square().mean() + said.embeddings.square().mean()).backward()  # type: ignore[no-untyped-call]
     gradient = model.encoder.wav2vec2.feature_extractor.conv_layers[0].conv.weight.grad
     assert gradient is not None and gradient.isfinite().all() and gradient.any()
     model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_compute_what_the_model_computes(heard: Heard) -> None:
+    torch.manual_seed(0)
+    model = SpeechModel(256).cuda()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    graphs = Graphs(model.train())
+    for samples in (16_000, 24_000, 16_000):
+        clips, lengths = torch.randn(2, samples, device="cuda"), torch.tensor([9000, samples])
+        found = []
+        for network in (graphs, torch.autocast("cuda", torch.bfloat16)(model)):
+            model.zero_grad(set_to_none=True)
+            said = model.listen(normalize(clips, lengths), network)
+            (said.labels.float().square().mean() + said.embeddings.float().square().mean()).backward()  # type: ignore[no-untyped-call]
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            found.append([said.labels.clone(), said.embeddings.clone(), *gradients])
+        assert len(found[0]) == len(found[1])
+        for ours, expected in zip(*found, strict=True):
+            scale = float(expected.float().abs().max())
+            torch.testing.assert_close(ours.float(), expected.float(), rtol=0, atol=0.02 * scale + 1e-6)
 
 
 def test_it_is_small_enough_to_be_committed(model: SpeechModel) -> None:
