@@ -22,6 +22,7 @@ COPY model_repository ./model_repository
 COPY presets ./presets
 COPY autoglm-config.yaml ./
 COPY demo/samples ./demo/samples
+COPY demo/speech/samples ./demo/speech/samples
 
 # Kernels that are compiled at run time (with gcc, for what launches them), and quantised weights; a volume keeps them.
 ENV XDG_CACHE_HOME=/var/cache/autoglm \

@@ -38,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
         _check_config(options)
         server = _make_server(options)
         gateway = _make_gateway(options, server.grpc_url)
-        answer = _start(server, gateway)
+        sample = Sample.spoken() if options.spoken else Sample.first()
+        answer = _start(server, sample, gateway)
         if options.once:
-            _print_answer(answer)
+            _print_answer(sample, answer)
             return 0
         _print_endpoints(server, gateway, options)
         _keep_serving(server, gateway)
@@ -98,9 +99,8 @@ def _empty(log: Path | None) -> None:
         log.write_bytes(b"")
 
 
-def _start(server: TritonServer, gateway: Gateway | None = None) -> Answer:
+def _start(server: TritonServer, sample: Sample, gateway: Gateway | None = None) -> Answer:
     """Start and prove; returns the answer that proves it."""
-    sample = Sample.first()
     progress = Progress("starting the server")
     server.start()
     if gateway:
@@ -109,7 +109,7 @@ def _start(server: TritonServer, gateway: Gateway | None = None) -> Answer:
         gateway.wait_listening()
     server.wait_ready(READY_S, lambda seconds, loaded: progress.show(f"loaded {', '.join(loaded) or 'nothing yet'}"))
     progress.done("models loaded")
-    progress = Progress("asking for an action on a sample screenshot")
+    progress = Progress(f"asking {'by voice ' if sample.sound else ''}for an action on a sample screenshot")
     try:
         answer = ask(server.http_address, sample, max_tokens=SAMPLE_TOKENS, timeout_s=FIRST_ANSWER_S)
     except ProbeError as error:
@@ -122,14 +122,15 @@ def _start(server: TritonServer, gateway: Gateway | None = None) -> Answer:
     return answer
 
 
-def _print_answer(answer: Answer) -> None:
+def _print_answer(sample: Sample, answer: Answer) -> None:
     from autoglm_client import ActionError, parse
 
     try:
         parsed = parse(answer.text)
     except ActionError as error:
         raise LauncherError(f"the answer holds no action ({error}): {answer.text[:200]!r}") from None
-    print(f"task:    {Sample.first().task}\nthought: {parsed.thought}\naction:  {parsed.action}", flush=True)
+    heard = f"\nheard:   {answer.heard}" if answer.heard else ""
+    print(f"task:    {sample.task}{heard}\nthought: {parsed.thought}\naction:  {parsed.action}", flush=True)
 
 
 def _print_endpoints(server: TritonServer, gateway: Gateway | None, options: Options) -> None:
@@ -162,7 +163,7 @@ def _keep_serving(server: TritonServer, gateway: Gateway | None) -> None:
             time.sleep(back_off_s)
             back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
             try:
-                _start(server)
+                _start(server, Sample.first())
                 reason = None
             except (LauncherError, ProbeError) as error:
                 reason = str(error)

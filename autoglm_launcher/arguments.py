@@ -25,6 +25,7 @@ class Options:
 
     speech, bridge: directories of the speech encoder and of its projector; None means without.
     overrides: values that the command line sets over the configuration, in YAML; empty for none.
+    spoken: the request that proves that the server answers is a spoken one.
     gateway_port: None means without a gateway. keys: the file of its callers' keys; None means that they need none.
     """
 
@@ -40,6 +41,7 @@ class Options:
     gateway_port: int | None
     keys: Path | None
     once: bool
+    spoken: bool
     log: Path | None
     tritonserver: Path | None
 
@@ -79,7 +81,8 @@ def parse(argv: Sequence[str]) -> Options:
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="Hugging Face directory to serve (default: demo/checkpoint)")
     add("--config", type=Path, metavar="FILE", help="configuration (default: autoglm-config.yaml)")
-    add("--speech", type=Path, metavar="DIR", help="Hugging Face directory of Wav2Vec2, to hear (demo: demo/speech)")
+    speech_help = "Hugging Face directory of Wav2Vec2, to hear (without DIR: the demo's); --once asks by voice then"
+    add("--speech", type=Path, metavar="DIR", nargs="?", const=DEMO_SPEECH / "encoder", help=speech_help)
     add("--bridge", type=Path, metavar="DIR", help="its projector to embeddings, for audio_mode bridge")
     add("--preset", metavar="NAME", help="presets/NAME.yaml replaces lines of the configuration")
     int8 = parser.add_mutually_exclusive_group()
@@ -105,8 +108,8 @@ def parse(argv: Sequence[str]) -> Options:
     keys = _from_environment("API_KEYS")
     speech = given.speech or _from_environment("SPEECH")
     bridge = given.bridge or _from_environment("BRIDGE")
-    if checkpoint.resolve() == DEMO_CHECKPOINT and speech is None and bridge is None:
-        speech, bridge = (_if_there(DEMO_SPEECH / part) for part in ("encoder", "bridge"))
+    if checkpoint.resolve() == DEMO_CHECKPOINT and speech in (None, DEMO_SPEECH / "encoder") and bridge is None:
+        speech, bridge = speech or _if_there(DEMO_SPEECH / "encoder"), _if_there(DEMO_SPEECH / "bridge")
     return Options(
         checkpoint=checkpoint,
         config=base / (given.config or _from_environment("CONFIG") or ROOT / "autoglm-config.yaml"),
@@ -120,6 +123,7 @@ def parse(argv: Sequence[str]) -> Options:
         gateway_port=None if given.no_gateway or given.once else given.gateway_port,
         keys=keys and base / keys,
         once=given.once,
+        spoken=given.once and given.speech is not None,
         log=None if given.log == "-" else base / log,
         tritonserver=given.tritonserver and base / given.tritonserver,
     )

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
@@ -27,6 +27,7 @@ ENSEMBLE = "ensemble"
 BUSY = re.compile("UNAVAILABLE:|RESOURCE_EXHAUSTED:|Exceeds maximum queue size|Request timeout expired")
 LANGUAGE_MODEL = "autoglm_llm"  # its last step
 SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "samples"
+SPOKEN_SAMPLES = SAMPLES.parent / "speech" / "samples"
 
 
 class ProbeError(Exception):
@@ -39,30 +40,53 @@ class ProbeError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """A screenshot and a task for it."""
+    """A screenshot and a task for it, which is typed, or spoken in a file."""
 
     image: Path
     task: str
+    sound: Path | None = None
 
     @classmethod
     def first(cls, directory: Path | None = None) -> Sample:
         """The first of samples.json, by default of demo/samples. Raises ProbeError when there is none."""
         directory = directory or SAMPLES
+        return cls._read(directory, lambda entry: cls(directory / entry["image"], entry["task"]))
+
+    @classmethod
+    def spoken(cls) -> Sample:
+        """The first of demo/speech/samples. Raises ProbeError when there is none."""
+        place = SPOKEN_SAMPLES
+        return cls._read(place, lambda entry: cls(SAMPLES / entry["image"], entry["text"], place / entry["sound"]))
+
+    @classmethod
+    def _read(cls, directory: Path, make: Callable[[dict[str, Any]], Sample]) -> Sample:
         try:
-            entry = json.loads((directory / "samples.json").read_text(encoding="utf-8"))[0]
-            sample = cls(directory / entry["image"], entry["task"])
+            sample = make(json.loads((directory / "samples.json").read_text(encoding="utf-8"))[0])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ProbeError(f"{directory / 'samples.json'} cannot be read: {error}") from None
-        if not sample.image.is_file():
-            raise ProbeError(f"the sample screenshot {sample.image} is missing")
+        for kind, path in (("screenshot", sample.image), ("sound", sample.sound)):
+            if path is not None and not path.is_file():
+                raise ProbeError(f"the sample {kind} {path} is missing")
         return sample
+
+    def inputs(self) -> dict[str, Any]:
+        """As the ensemble's inputs."""
+        if self.sound is None:
+            return {"PROMPT": self.task, "IMAGES": [_data_url("image/png", self.image)]}
+        sound = _data_url(f"audio/{self.sound.suffix[1:]}", self.sound)
+        return {"PROMPT": "", "IMAGES": [_data_url("image/png", self.image)], "AUDIO": [sound]}
+
+
+def _data_url(media_type: str, path: Path) -> str:
+    return f"data:{media_type};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came, and how long it took. Times in seconds from the request."""
+    """What came, and how long it took. Times in seconds from the request. heard: of a spoken task, in words."""
 
     text: str
+    heard: str
     finish_reason: str
     usage: dict[str, Any]
     first_token_s: float
@@ -74,8 +98,7 @@ def ask(http_address: str, sample: Sample, *, max_tokens: int, timeout_s: float)
 
     timeout_s bounds each wait for the next piece. Raises ProbeError when anything is not as it must be.
     """
-    url = "data:image/png;base64," + base64.b64encode(sample.image.read_bytes()).decode()
-    body = {"PROMPT": sample.task, "IMAGES": [url], "max_tokens": max_tokens, "temperature": 0.0, "priority": 1}
+    body = {**sample.inputs(), "max_tokens": max_tokens, "temperature": 0.0, "priority": 1}
     connection = HTTPConnection(http_address, timeout=timeout_s)
     begin = time.monotonic()
     try:
@@ -110,7 +133,7 @@ def _read(response: HTTPResponse, begin: float) -> Answer:
     if response.status != 200:
         message = response.read().decode(errors="replace").removeprefix("data: ").strip()
         raise ProbeError(f"HTTP {response.status}: {message[:300]}")
-    text, finish_reason, first = "", "", 0.0
+    text, heard, finish_reason, first = "", "", "", 0.0
     usage: dict[str, Any] = {}
     for line in response:
         if not line.startswith(b"data:"):
@@ -120,11 +143,12 @@ def _read(response: HTTPResponse, begin: float) -> Answer:
             raise ProbeError(str(event["error"])[:300])
         first = first or time.monotonic() - begin
         text += event.get("TEXT", "")
+        heard += event.get("TRANSCRIPTS") or ""
         finish_reason = event.get("FINISH_REASON") or finish_reason
         usage = json.loads(event["USAGE"]) if event.get("USAGE") else usage
     if not finish_reason or not usage.get("completion_tokens"):
         raise ProbeError(f"the answer ended without a finish reason or a token: {text[:100]!r}")
-    return Answer(text, finish_reason, usage, first, time.monotonic() - begin)
+    return Answer(text, heard, finish_reason, usage, first, time.monotonic() - begin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -119,6 +119,7 @@ def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]
         "presets",
         "autoglm-config.yaml",
         "demo/samples",
+        "demo/speech/samples",
     }
     needed.add("pyproject.toml")
     readme = re.search(r'^readme = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

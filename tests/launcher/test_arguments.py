@@ -71,7 +71,13 @@ def test_speech_is_what_is_named_or_the_demos_own(
     monkeypatch.setattr(arguments, "DEMO_SPEECH", tmp_path)
     (tmp_path / "encoder").mkdir()
     demo = arguments.parse([])
-    assert (demo.speech, demo.bridge) == (tmp_path / "encoder", None)
+    assert (demo.speech, demo.bridge, demo.spoken) == (tmp_path / "encoder", None, False)
+    (tmp_path / "bridge").mkdir()
+    demo = arguments.parse(["--once", "--speech"])
+    assert (demo.speech, demo.bridge, demo.spoken) == (tmp_path / "encoder", tmp_path / "bridge", True)
+    assert arguments.parse(["--speech"]).spoken is False
+    other = parse(checkpoint, "--speech", "--once")
+    assert (other.speech, other.bridge, other.spoken) == (tmp_path / "encoder", None, True)
 
 
 def test_preset_that_is_not_there_names_those_that_are(checkpoint: Path) -> None:

@@ -1,3 +1,4 @@
+import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -68,6 +69,16 @@ def test_joins_the_pieces(serve: Serve, sample: Sample, requests: list[dict[str,
     assert requests[0]["PROMPT"] == "打开设置"
     assert requests[0]["IMAGES"] == ["data:image/png;base64,cGl4ZWxz"]
     assert requests[0]["max_tokens"] == 5
+
+
+def test_a_spoken_task(serve: Serve, requests: list[dict[str, Any]]) -> None:
+    heard = [{**PIECES[0], "TRANSCRIPTS": "tap on Battery"}, PIECES[1]]
+    sample = Sample.spoken()
+    answer = ask(serve(200, events(*heard)), sample, max_tokens=5, timeout_s=5)
+    assert (answer.text, answer.heard, sample.task) == ("<think>a", "tap on Battery", "please tap on Battery")
+    (sound,) = requests[0]["AUDIO"]
+    assert requests[0]["PROMPT"] == "" and len(requests[0]["IMAGES"]) == 1
+    assert base64.b64decode(sound.removeprefix("data:audio/flac;base64,")).startswith(b"fLaC")
 
 
 @pytest.mark.parametrize(
