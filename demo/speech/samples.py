@@ -21,8 +21,8 @@ FEMALE, MALE = Voice("espeak-ng", "en-gb+f4", 0.95, 0.6), Voice("flite", "rms", 
 WOMAN, MAN = Voice("espeak-ng", "cmn-latn-pinyin+Annie", 1.0, 0.5), Voice("espeak-ng", "cmn-latn-pinyin+m5", 0.9, 0.4)
 # file name -> screen, command, voice, label of the element to tap or the whole action
 SAMPLES: dict[str, tuple[str, Command, Voice, str]] = {
-    "battery.flac": ("settings.png", Command("tap", "en", "Battery", "please tap on {}"), MALE, "Battery"),
-    "save.ogg": ("form.png", Command("tap", "en", "Save", "now press {}"), FEMALE, "Save"),
+    "battery.flac": ("settings.png", Command("tap", "en", "Battery", "please tap on {}"), FEMALE, "Battery"),
+    "save.ogg": ("form.png", Command("tap", "en", "Save", "now press {}"), MALE, "Save"),
     "settings.ogg": ("toolbar.png", Command("open", "en", "Settings", "can you open {} for me"), FEMALE, "Settings"),
     "back.ogg": ("form.png", Command("back", "en", "", "go back please"), MALE, 'do(action="Back")'),
     "wechat.flac": ("launcher.png", Command("open", "zh", "微信", "请帮我打开{}"), WOMAN, "微信"),

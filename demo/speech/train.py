@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("demo/training/speech.jsonl"))
     parser.add_argument("--clips", type=int, default=250_000, help="commands that are spoken")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out commands to measure on")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="the training proper takes at most so long, the schedule along with it")  # fmt: skip
     parser.add_argument("--batch", type=int, default=256)

@@ -88,6 +88,15 @@ def test_once_prints_thought_and_action_and_leaves_nothing(demo_checkpoint: Path
         assert not list(tmp_path.glob("gateway-*.log"))
 
 
+def test_once_asks_by_voice(demo_checkpoint: Path, tmp_path: Path) -> None:
+    with launched(demo_checkpoint, tmp_path, "--once", "--speech") as launcher:
+        assert launcher.process.wait(START_S) == 0, launcher.output
+        task, heard, _, action = launcher.output.splitlines()[-4:]
+        assert task == f"task:    {Sample.spoken().task}"
+        assert heard == f"heard:   {Sample.spoken().task}"
+        assert action.startswith('action:  do(action="Tap", element=[')
+
+
 def answer_of(gateway: str) -> str:
     """What the openai package gets, which asks again by itself when it is told 503."""
     with OpenAI(base_url=f"http://{gateway}/v1", api_key="-", max_retries=60) as client:

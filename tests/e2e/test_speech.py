@@ -1,15 +1,18 @@
-"""Speech on a real server, with random encoders: what it hears is what the library hears; bad sound stops nobody."""
+"""Speech on a real server with the demo's ears: it hears what the library hears and does it; bad sound stops nobody."""
 
 import json
 import queue
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import soundfile
 import torch
+from autoglm_client import Tap, parse
 from autoglm_client.cli import main
 from tokenizers import Tokenizer
 from tritonclient.utils import InferenceServerException
@@ -26,7 +29,7 @@ from autoglm.sampling import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
 from gateway.app import create_app
-from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
+from tests.audio.speech_checkpoints import sound_file, tone
 from tests.audio.test_file import REFUSED
 from tests.e2e.conftest import ROOT
 from tests.e2e.triton import Call, ask
@@ -43,19 +46,22 @@ MIXED = [
     sound_file(tone(0.7, 8000, 150, 2), 8000, "OGG"),
     sound_file(tone(1.5, 48000, 500, 3), 48000, "MP3"),
 ]
+SPEECH = ROOT / "demo" / "speech"
+SAMPLES: list[dict[str, Any]] = json.loads((SPEECH / "samples" / "samples.json").read_text(encoding="utf-8"))
+SPOKEN: list[bytes] = [(SPEECH / "samples" / sample["sound"]).read_bytes() for sample in SAMPLES]
+
+
+def slots(samples: int) -> int:
+    """How many embeddings the demo's bridge makes of so many samples, at 16 kHz."""
+    shape = json.loads((SPEECH / "encoder" / "config.json").read_text())
+    for kernel, stride in zip(shape["conv_kernel"], shape["conv_stride"], strict=True):
+        samples = (samples - kernel) // stride + 1
+    return -(-samples // 5)
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("speech")
-    return write_encoder(root / "encoder", "group"), write_projector(root / "bridge", HIDDEN)
-
-
-@pytest.fixture(scope="module")
-def hearing(
-    demo_checkpoint: Path, directories: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonServer]:
-    speech, bridge = directories
+def hearing(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    speech, bridge = SPEECH / "encoder", SPEECH / "bridge"
     log = tmp_path_factory.mktemp("server") / "server.log"
     config = ROOT / "autoglm-config.yaml"
     with TritonServer(checkpoint=demo_checkpoint, config=config, speech=speech, bridge=bridge, log_path=log) as running:
@@ -104,8 +110,8 @@ class Library:
 
 
 @pytest.fixture(scope="module")
-def library(demo_checkpoint: Path, directories: tuple[Path, Path]) -> Iterator[Library]:
-    made = Library(demo_checkpoint, Speech.open(*directories, HIDDEN))
+def library(demo_checkpoint: Path) -> Iterator[Library]:
+    made = Library(demo_checkpoint, Speech.open(SPEECH / "encoder", SPEECH / "bridge", HIDDEN))
     yield made
     made.close()
 
@@ -117,26 +123,42 @@ def test_voice_screenshot_and_text_give_the_tokens_of_the_library(
     parts: list[dict[str, Any]] = [
         {"type": "audio"}, {"type": "image"}, {"type": "text", "text": "do this"}, {"type": "audio"},
         {"type": "input_audio", "input_audio": {"data": b64encode(MIXED[2]).decode(), "format": "mp3"}},
-        {"type": "image"},
+        {"type": "image"}, {"type": "audio"},
     ]  # fmt: skip
+    sounds = [*MIXED[:2], SPOKEN[0]]
     messages = json.dumps([{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}])
     images = [encode(picture(200, 300, 1)), encode(picture(300, 150, 2), "JPEG")]
-    inputs: dict[str, Sequence[bytes | str]] = {"MESSAGES": [messages], "IMAGES": images, "AUDIO": MIXED[:2]}
+    inputs: dict[str, Sequence[bytes | str]] = {"MESSAGES": [messages], "IMAGES": images, "AUDIO": sounds}
     served = ask(hearing, inputs, audio_mode=mode, **PARAMETERS)
     again = ask(hearing, inputs, audio_mode=mode, **PARAMETERS)
 
-    pieces = library.answer(messages, images, MIXED[:2], mode)
+    pieces = library.answer(messages, images, sounds, mode)
 
     assert not any(piece.error for piece in pieces)
     assert served.token_ids == again.token_ids == [id_ for piece in pieces for id_ in piece.token_ids]
     assert served.transcripts == [text for piece in pieces for text in piece.transcripts]
-    assert len(served.transcripts) == (3 if mode == "transcript" else 0)
+    assert len(served.transcripts) == (4 if mode == "transcript" else 0)
+    assert mode == "bridge" or served.transcripts[-1] == SAMPLES[0]["text"]
     usage = pieces[-1].usage
     assert usage is not None and served.usage["prompt_tokens"] == usage.prompt_tokens
-    seconds = (2.1, 0.7, 1.5)
-    expected = sum(-(-(int(s * 16000 - 400) // 320 + 1) // 5) for s in seconds) if mode == "bridge" else 0
+    lengths = [int(16000 * seconds) for seconds in (2.1, 0.7, 1.5)] + [soundfile.info(BytesIO(SPOKEN[0])).frames]
+    expected = sum(map(slots, lengths)) if mode == "bridge" else 0
     assert served.usage["audio_tokens"] == usage.audio_tokens == expected
     assert again.usage["cached_tokens"] > again.usage["prompt_tokens"] - 20
+
+
+@pytest.mark.parametrize("mode", ["transcript", "bridge"])
+def test_spoken_commands_are_done(hearing: TritonServer, mode: Mode) -> None:
+    for sample, sound in zip(SAMPLES, SPOKEN, strict=True):
+        screen = (ROOT / "demo" / "samples" / sample["image"]).read_bytes()
+        reply = ask(hearing, {"PROMPT": [""], "IMAGES": [screen], "AUDIO": [sound]}, audio_mode=mode, max_tokens=64)
+        action = parse(reply.text).action
+        if "box" not in sample:
+            assert str(action) == sample["action"]
+            continue
+        assert isinstance(action, Tap), (sample, reply)
+        left, top, right, bottom = sample["box"]
+        assert left <= action.element.x < right and top <= action.element.y < bottom, (sample, reply)
 
 
 def test_other_sound_is_another_prompt(hearing: TritonServer) -> None:
