@@ -32,6 +32,8 @@ TITLES = {
     "screenshot-first-token-grpc": "screenshot, first token, served over gRPC",
     "screenshot-65-grpc": "screenshot, 65 tokens, served over gRPC",
     "screenshot-16-grpc": "16 screenshots at once, served over gRPC",
+    "speech-1": "speech of 10 s to embeddings, wav2vec2-base",
+    "speech-16": "the same, 16 clips at once",
     "stream-gap-ms": "longest gap in a stream beside a screenshot",
     "gpu-idle-share": "GPU idle, 1 sequence",
     "weights-gib": "weights on the GPU, ViT included",

@@ -105,3 +105,16 @@ def test_readme_shows_the_results() -> None:
     if ("decode-1", "int8") not in shown:
         pytest.skip("no results of one NVIDIA H200 yet")
     assert "\n".join(plot.table(shown)) in README.read_text(encoding="utf-8")
+
+
+def test_readme_says_what_the_gateway_and_a_form_cost() -> None:
+    rows = plot.read_rows(RESULTS, "h200")
+    text = README.read_text(encoding="utf-8")
+    for name, shown in (
+        ("text-first-token-alone-added", "{:.2f} ms to the first token of a text"),
+        ("screenshot-first-token-alone-added", "{:.1f} ms to that of a screenshot"),
+        ("text-first-token-16-added", "{:.1f} ms where 16 texts come at"),
+    ):
+        assert shown.format(rows[name, "int8"].value) in text
+    assert all(rows[f"{kind}-token-16-added", "int8"].value < 0.005 for kind in ("text", "screenshot"))
+    assert f"{rows['constrained-16', 'int8'].also['% longer than free']:.1f}% to a step of 16" in text

@@ -23,8 +23,6 @@ from demo.speech.voices import RATE
 SPEECH = Path(__file__).parents[2] / "demo" / "speech"
 LIMIT = 15_000_000
 
-trained = pytest.mark.skipif(not (SPEECH / "encoder").exists(), reason="python -m demo.speech.train has not been run")
-
 
 @pytest.fixture(scope="module")
 def model() -> SpeechModel:
@@ -111,9 +109,25 @@ def test_it_is_small_enough_to_be_committed(model: SpeechModel) -> None:
     assert 2 * sum(p.numel() for p in model.parameters()) < LIMIT
 
 
-@trained
 def test_the_committed_files_are_small() -> None:
     assert sum(file.stat().st_size for part in ("encoder", "bridge") for file in (SPEECH / part).iterdir()) < LIMIT
+
+
+def test_what_was_measured_is_enough_and_is_what_the_readmes_say() -> None:
+    measured = json.loads((SPEECH.parent / "training" / "speech_evaluation.json").read_text(encoding="utf-8"))
+    assert measured["in process"] == measured["served through the ensemble over gRPC"]
+    found = measured["in process"]
+    taps, errors = found["bridge"]["taps"], found["transcript"]["error rate, all voices"]
+    assert taps["right"] >= 0.9 and errors["en"] < 0.1 and errors["zh"] < 0.1
+    shown = (SPEECH.parent / "README.md").read_text(encoding="utf-8")
+    groups = {"taps: inside the target": "taps", "of these, in English": "taps en", "of these, in Chinese": "taps zh"}
+    for title, group in groups.items():
+        rates = (100 * found[mode][group]["right"] for mode in ("bridge", "transcript"))
+        line = " | ".join(f"{rate:.1f} %" if rate < 100 else "100 %" for rate in rates)
+        assert f"| {title} | {found['bridge'][group]['count']} | {line} |" in shown
+    assert f"{100 * errors['en']:.1f} % of the English words and {100 * errors['zh']:.2f} %" in shown
+    root = (SPEECH.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"of {taps['count']} taps" in root and f"{100 * taps['right']:.1f}% inside the target" in root
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +148,6 @@ def _files(entries: list[dict[str, Any]], screens: Path) -> list[tuple[bytes, by
     return [((screens / entry["image"]).read_bytes(), (sounds / entry["sound"]).read_bytes()) for entry in entries]
 
 
-@trained
 def test_spoken_samples_are_done_through_the_bridge(
     backend: SpeechLibrary, entries: list[dict[str, Any]], samples_directory: Path
 ) -> None:
@@ -150,7 +163,6 @@ def test_spoken_samples_are_done_through_the_bridge(
         assert left <= int(found[2]) < right and top <= int(found[3]) < bottom, (entry, reply)
 
 
-@trained
 def test_spoken_samples_are_written_down(
     backend: SpeechLibrary, entries: list[dict[str, Any]], samples_directory: Path
 ) -> None:

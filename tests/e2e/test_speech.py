@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import soundfile
+import soxr
 import torch
 from autoglm_client import Tap, parse
 from autoglm_client.cli import main
+from playwright.sync_api import expect, sync_playwright
 from tokenizers import Tokenizer
 from tritonclient.utils import InferenceServerException
 
@@ -33,6 +35,8 @@ from tests.audio.speech_checkpoints import sound_file, tone
 from tests.audio.test_file import REFUSED
 from tests.e2e.conftest import ROOT
 from tests.e2e.triton import Call, ask
+from tests.gateway.playground.conftest import ARGUMENTS, CHROMIUM
+from tests.gateway.playground.using import choose
 from tests.gateway.running import configured, serve
 from tests.images import encode, picture
 
@@ -231,3 +235,24 @@ def test_the_command_speaks(hearing: TritonServer, tmp_path: Path, capsys: pytes
     command.write_bytes(SOUND)
     main(["ask", "--image", str(screen), "--audio", str(command), "--server", hearing.grpc_url, "--max-tokens", "4"])
     assert "heard: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; it needs: apt-get install chromium")
+def test_a_task_is_spoken_into_the_playgrounds_microphone(hearing: TritonServer, tmp_path: Path) -> None:
+    sound, rate = soundfile.read(BytesIO(SPOKEN[0]))
+    spoken = tmp_path / "spoken.wav"
+    soundfile.write(spoken, soxr.resample(sound, rate, 48_000), 48_000)
+    arguments = [*ARGUMENTS, f"--use-file-for-fake-audio-capture={spoken}%noloop"]
+    with serve(create_app(hearing.grpc_url, configured())) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = browser.new_page(locale="en-US")
+        page.goto(url)
+        choose(page, SAMPLES[0]["image"])
+        page.get_by_role("button", name="Record the task").click()
+        page.wait_for_timeout(1000 * len(sound) / rate + 1000)
+        page.get_by_role("button", name="Send").click()
+        step = page.locator(".step")
+        expect(step.locator(".chip")).to_contain_text("Tap ", timeout=30_000)
+        expect(step).to_contain_text(SAMPLES[0]["text"])
+        expect(step.locator(".thought")).to_contain_text("Battery")
+        browser.close()
