@@ -83,7 +83,7 @@ def test_gradients_reach_the_first_filters(model: SpeechModel, heard: Heard) -> 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_graphs_compute_what_the_model_computes(heard: Heard) -> None:
+def test_graphs_compute_what_the_model_computes() -> None:
     torch.manual_seed(0)
     model = SpeechModel(256).cuda()
     for module in model.modules():
