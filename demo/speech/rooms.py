@@ -12,7 +12,7 @@ from demo.speech.voices import RATE
 
 REVERB = 2 * RATE // 5  # samples that a room rings at the most
 SILENCE = 3 * RATE // 10  # around a clip, at either end, at the most
-PAD_TO = RATE // 2  # a GPU's convolutions are prepared for each length anew, which takes longer than computing them
+PAD_TO = RATE // 2  # few lengths: a GPU's passes are captured for each anew (demo.speech.graphs)
 
 
 @dataclass(frozen=True)
