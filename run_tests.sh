@@ -9,6 +9,6 @@ if [ -n "$fonts" ]; then
     # Word splitting is meant: package names.
     add_packages $fonts || say "tests that draw screens are skipped; they need: sudo apt-get install $fonts"
 fi
-# Threads that spin while they wait make training steps ten times as long on cores that others use too.
+# Threads that spin while they wait make training steps up to ten times as long on cores that others use too.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 exec .venv/bin/python -m pytest "$@"

@@ -188,6 +188,7 @@ def test_a_taken_port_is_told_before_anything_starts(server: TritonServer, repos
 def test_the_command_line_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOGLM_ADMIN_KEY", "secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda/lib64")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(gpus, "list_gpus", lambda: [gpus.Gpu(index, "NVIDIA H200") for index in range(4)])
     server = TritonServer(
         tmp_path,
@@ -218,6 +219,7 @@ def test_the_command_line_and_the_environment(tmp_path: Path, monkeypatch: pytes
     assert environment["AUTOGLM_PRESET"] == str(tmp_path / "edge.yaml")
     assert environment["LD_LIBRARY_PATH"] == "/lib/python:/usr/local/cuda/lib64"
     assert environment["PATH"].startswith(f"{Path(sys.executable).parent}:")
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["EXTRA"] == "1"
     assert server.http_url == "http://127.0.0.1:1"
 
