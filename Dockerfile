@@ -14,7 +14,7 @@ COPY client ./client
 COPY autoglm_launcher ./autoglm_launcher
 COPY autoglm/__init__.py ./autoglm/__init__.py
 # Before the rest is copied, so that a change of the code installs no packages again.
-RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.environment --no-server gateway
+RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.venv --no-server gateway
 
 COPY autoglm ./autoglm
 COPY gateway ./gateway

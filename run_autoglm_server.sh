@@ -3,5 +3,5 @@
 set -euo pipefail
 export AUTOGLM_CALLED_FROM=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-. deploy/find_python.sh
+. autoglm_launcher/find_python.sh
 exec "$PYTHON" -m autoglm_launcher.bootstrap "$@"

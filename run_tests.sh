@@ -2,8 +2,8 @@
 # Installs into .venv what the tests need and runs them; arguments go to pytest: ./run_tests.sh -k chat
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-. deploy/find_python.sh
-"$PYTHON" -m autoglm_launcher.environment test loadtest gateway
+. autoglm_launcher/find_python.sh
+"$PYTHON" -m autoglm_launcher.venv test loadtest gateway
 fonts=$(.venv/bin/python -c 'from demo.fonts import missing_packages; print(*missing_packages())')
 if [ -n "$fonts" ]; then
     # Word splitting is meant: package names.

@@ -94,7 +94,7 @@ class BitsandbytesInt8:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory; `open` reads its JSON files. Its tensors are the business of `autoglm.weights`."""
+    """A checkpoint directory; `open` reads its JSON files. Its tensors are the business of `autoglm.weights.reader`."""
 
     path: Path
     text: TextConfig

@@ -173,7 +173,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """How text looks at images; see `autoglm.llm.sparsity`. Requests may ask for another mode and ratio.
+    """How text looks at images; see `autoglm.llm.sparse.policy`. Requests may ask for another mode and ratio.
 
     ratio: of the visual keys, what is kept. min_batch: `pages` acts in passes of so many decoding sequences at least.
     dense_layers: first layers of `topk` and `pages` that see everything.

@@ -1,14 +1,9 @@
-"""Layers that the vision and the language model share. What computes with them are the kernels."""
-
-from typing import TypeAlias
+"""Layers shared by the vision and the language model; the kernels compute with them."""
 
 import torch
 from torch import nn
 
-from autoglm.kernels import Activation, Kernels, Weight
-from autoglm.quantization.linear import Int8Linear
-
-Linear: TypeAlias = nn.Linear | Int8Linear
+from autoglm.kernels.base import Activation, Kernels, Weight
 
 
 class RMSNorm(nn.Module):
@@ -21,5 +16,5 @@ class RMSNorm(nn.Module):
 
 
 def fit(x: torch.Tensor, weight: Weight, kernels: Kernels) -> Activation:
-    """Rows in the form in which they meet this weight."""
+    """Quantise the activations if the kernel for this weight takes int8."""
     return kernels.quantize(x) if kernels.quantizes(weight, x.shape[0]) else Activation(x)

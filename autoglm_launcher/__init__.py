@@ -1,1 +1,5 @@
-"""Sets up, starts, proves, watches and stops the Triton server. Needs nothing but the standard library."""
+"""Installs, starts, probes, watches, restarts and stops the server. Needs only the standard library."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent

@@ -9,15 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from autoglm.config import ConfigError, load_config
-from autoglm_launcher import arguments
-from autoglm_launcher.arguments import ROOT, Options
-from autoglm_launcher.console import Progress, complain, say
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher import ROOT, arguments
+from autoglm_launcher.arguments import Options
+from autoglm_launcher.console import Interrupted, LauncherError, Progress, complain, raise_on_signals, say
 from autoglm_launcher.gateway import Gateway
-from autoglm_launcher.installation import Installation
 from autoglm_launcher.probe import Answer, ProbeError, Sample, ask
 from autoglm_launcher.server import TritonServer
-from autoglm_launcher.signals import Interrupted, raise_on_signals
+from autoglm_launcher.tritonserver import Installation
 from autoglm_launcher.watchdog import Watchdog
 
 CHECK_S = 1.0

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher import ROOT
+from autoglm_launcher.console import LauncherError
 from autoglm_launcher.gpus import check_gpus
 from autoglm_launcher.ports import Ports, check_ports
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 DEMO_SPEECH = ROOT / "demo" / "speech"
 CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32", "fp8": "float8", "int8": "int8"}

@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from autoglm_launcher import arguments, environment
-from autoglm_launcher.console import complain
-from autoglm_launcher.errors import LauncherError
-from autoglm_launcher.signals import Interrupted, raise_on_signals
+from autoglm_launcher import arguments
+from autoglm_launcher import venv as environment
+from autoglm_launcher.console import Interrupted, LauncherError, complain, raise_on_signals
 
 
 def main(argv: Sequence[str]) -> int:

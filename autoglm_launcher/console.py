@@ -1,15 +1,36 @@
-"""What the launcher says: few lines, each with its source; one line that moves where a person watches."""
+"""The launcher's terminal: messages, progress, errors, and signals."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
+from types import FrameType
 
 QUIET_S = 10.0
 ERASE = "\r\x1b[2K"
 
 _moving_line = False
+
+
+class LauncherError(Exception):
+    """One line: the problem and its remedy. The command prints it and exits with 1."""
+
+
+class Interrupted(BaseException):
+    """The program was asked to end. exit_code is the shell's convention: 128 + the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+def raise_on_signals() -> None:
+    """Make SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread; an ignored one (nohup) stays ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
 
 
 def say(text: str) -> None:
@@ -57,3 +78,7 @@ def _leave_moving_line() -> None:
     if _moving_line:
         print(ERASE, end="", flush=True)
         _moving_line = False
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)

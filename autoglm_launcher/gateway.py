@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from autoglm_launcher.console import complain, say
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.console import LauncherError, complain, say
+from autoglm_launcher.managed_process import Supervised
 from autoglm_launcher.ports import check_ports, reachable
-from autoglm_launcher.supervised import Supervised
 
 GRACE_S = 11.0  # its own for running answers is 10 s (gateway/__main__.py)
 POLL_S = 0.1

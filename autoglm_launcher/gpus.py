@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.console import LauncherError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.console import LauncherError
 
 
 @dataclass(frozen=True)

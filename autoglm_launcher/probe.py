@@ -20,13 +20,14 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
+from autoglm_launcher import ROOT
 from autoglm_launcher.gateway import fault_of
 
 ENSEMBLE = "ensemble"
 # How the engine and Triton say that too much waits already. The HTTP status does not tell: a stream's errors are 400.
 BUSY = re.compile("UNAVAILABLE:|RESOURCE_EXHAUSTED:|Exceeds maximum queue size|Request timeout expired")
 LANGUAGE_MODEL = "autoglm_llm"  # its last step
-SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "samples"
+SAMPLES = ROOT / "demo" / "samples"
 SPOKEN_SAMPLES = SAMPLES.parent / "speech" / "samples"
 
 

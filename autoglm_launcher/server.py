@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from autoglm_launcher.console import complain
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher import ROOT
+from autoglm_launcher.console import LauncherError, complain
 from autoglm_launcher.gpus import visible_gpu_count
-from autoglm_launcher.installation import Installation, check_numpy
+from autoglm_launcher.managed_process import Supervised
 from autoglm_launcher.ports import Ports, reachable
 from autoglm_launcher.processes import remove_stale
-from autoglm_launcher.supervised import Supervised
+from autoglm_launcher.tritonserver import Installation, check_numpy
 
-ROOT = Path(__file__).resolve().parent.parent
 SHM_STEP_BYTES = 16 << 20  # a stub's shared memory begins with this and grows by it, for good: a few screenshots
 GPU_POOL_BYTES = 512 << 20
 POLL_S = 0.1

@@ -17,13 +17,13 @@ import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import SparseAttentionConfig
-from autoglm.kernels.reference_attention import decode
-from autoglm.kernels.reference_sparse import attention_weights, visual_attention
+from autoglm.kernels.reference.attention import decode
+from autoglm.kernels.reference.sparse import attention_weights, visual_attention
 from autoglm.llm.attention import PagedAttention
 from autoglm.llm.engine import Engine
-from autoglm.llm.positions import image_runs, prompt_positions
+from autoglm.llm.mrope import image_runs, prompt_positions
 from autoglm.llm.prefill import BLOCK_SIZE, prefill
-from autoglm.llm.sparsity import WINDOW, Mode, Sparsity
+from autoglm.llm.sparse.policy import WINDOW, Mode, Sparsity
 from benchmarks.engines import Prompt
 from benchmarks.report import make_parser, make_row, report
 from benchmarks.screenshot import open_agent

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 
 from autoglm.checkpoint import TextConfig
-from autoglm.kernels import Activation, Kernels, LayerCache, Rotary, Weight
-from autoglm.kernels.records import record
+from autoglm.kernels.base import Activation, Kernels, LayerCache, Rotary, Weight
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.model import rotary
+from autoglm.llm.request_slots import record
+from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.quantization.int8 import Int8Weight
-from autoglm.sampling import SamplingParams
 from benchmarks.limits import Work
 
 SPREAD = 300 << 20  # bytes that a case's launches read together: five times the L2 cache of an H200

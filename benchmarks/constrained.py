@@ -14,7 +14,7 @@ import time
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.llm.engine import Engine
-from autoglm.llm.grammar import token_masks
+from autoglm.llm.structured_output.grammar import token_masks
 from benchmarks.decode import PROMPT, TOKENS
 from benchmarks.engines import answer_seconds, open_engine, random_prompt
 from benchmarks.report import Row, make_row, read_options, report

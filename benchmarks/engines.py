@@ -16,7 +16,7 @@ from autoglm.config import SparseAttentionConfig, load_config
 from autoglm.device import choose_device
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.sampling_params import SamplingParams
 
 LONGEST_WAIT = 600.0  # seconds
 KV_CACHE_MB = 8192  # 200 000 tokens of the 9B shape in bf16

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.kernels import choose
+from autoglm.kernels import get_kernels
 from benchmarks import limits
 from benchmarks.cases import Case, Cases, Launch
 from benchmarks.report import Row, make_row, needs_gpu, read_options, report
@@ -72,7 +72,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     text = Checkpoint.open(options.checkpoint).text
-    cases = Cases(choose(device), text, device, torch.bfloat16, options.setting)
+    cases = Cases(get_kernels(device), text, device, torch.bfloat16, options.setting)
     report(options, "kernels", measure(cases.all(ROWS, PROMPT, BATCHES, KEYS), options))
 
 

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, Checkpoint, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
-from autoglm.vision.vit import VisionTransformer, published
+from autoglm.vision.vit import VisionTransformer
+from autoglm.weights.reader import checkpoint_tensors
 from demo.tokenizer import CHAT_TEMPLATE, SPECIAL, TAGS
 
 FIRST_SPECIAL = 151329
@@ -90,9 +91,9 @@ def random_weights(text: TextConfig, vision: VisionConfig, device: torch.device)
     with torch.device("meta"):
         parts = {"model.visual.": VisionTransformer(vision), "model.language_model.": LanguageModel(text)}
     for prefix, module in parts.items():
-        for name, parameter in module.named_parameters():
+        for name, tensor in checkpoint_tensors(module):
             full = name if name.startswith("lm_head") else prefix + name
-            yield from _split(full, random_tensor(parameter.shape, full, device), text)
+            yield full, random_tensor(tensor.shape, full, device)
 
 
 def random_tensor(shape: torch.Size, name: str, device: torch.device) -> torch.Tensor:
@@ -100,19 +101,6 @@ def random_tensor(shape: torch.Size, name: str, device: torch.device) -> torch.T
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         return (centre + 0.02 * torch.randn(shape, device=device)).bfloat16()
     return torch.randn(shape, device=device).mul_(shape[1:].numel() ** -0.5).bfloat16()
-
-
-def _split(name: str, tensor: torch.Tensor, text: TextConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The library's fused products under their published names."""
-    if name.startswith("model.visual."):
-        yield from published(name, tensor)
-        return
-    if "qkv_proj" not in name:
-        yield name, tensor
-        return
-    sizes = [heads * text.head_dim for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)]
-    for letter, part in zip("qkv", torch.split(tensor, sizes), strict=True):
-        yield name.replace("qkv_proj", f"{letter}_proj"), part.contiguous()
 
 
 if __name__ == "__main__":

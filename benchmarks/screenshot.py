@@ -24,12 +24,12 @@ from functools import partial
 
 from tokenizers import Tokenizer
 
-from autoglm.chat import ChatRenderer
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import load_config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
-from autoglm.messages import read_prompt
+from autoglm.preprocess.chat import ChatRenderer
+from autoglm.preprocess.messages import read_prompt
 from autoglm.vision.encoder import VisionEncoder
 from benchmarks import limits
 from benchmarks.engines import Prompt, Stream, open_engine, submit

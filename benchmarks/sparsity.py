@@ -20,7 +20,7 @@ from autoglm.checkpoint import Checkpoint, TextConfig
 from autoglm.config import SparseAttentionConfig
 from autoglm.llm.engine import Engine
 from autoglm.llm.kv_cache import KVCache
-from autoglm.llm.sparsity import Sparsity
+from autoglm.llm.sparse.policy import Sparsity
 from benchmarks import limits
 from benchmarks.decode import SCREENSHOT, SCREENSHOT_GRID
 from benchmarks.engines import Prompt, Stream, image_prompt, open_engine, submit

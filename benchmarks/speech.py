@@ -26,7 +26,7 @@ from autoglm.audio.speech import Speech
 from autoglm.config import AudioSection, load_config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
-from autoglm.messages import AudioPart
+from autoglm.media.audio_file import AudioPart
 from benchmarks import limits
 from benchmarks.report import Row, make_parser, make_row, report
 from benchmarks.vision import seconds

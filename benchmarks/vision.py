@@ -19,7 +19,7 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import LimitsConfig, VisionSection, load_config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
-from autoglm.media import ImageFile, media_hash
+from autoglm.media.image_file import ImageFile, media_hash
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, smart_resize
 from benchmarks import limits

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
-from autoglm.chat import ChatRenderer
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import Config, EngineConfig
 from autoglm.device import choose_device
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request
-from autoglm.messages import read_prompt
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.chat import ChatRenderer
+from autoglm.preprocess.messages import read_prompt
+from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 
 MAX_TOKENS = 120

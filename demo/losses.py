@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoglm.kernels.reference_attention import gather_angles, rotate
+from autoglm.kernels.reference.attention import gather_angles, rotate
 from autoglm.llm.model import LanguageModel, rotary
 from autoglm.vision.vit import VisionTransformer
 from demo.records import IGNORED, NOTHING, ROLES

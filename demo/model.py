@@ -14,7 +14,8 @@ from torch import nn
 
 from autoglm.checkpoint import CLIP_MEAN, CLIP_STD, ImageLimits, TextConfig, VisionConfig
 from autoglm.llm.model import LanguageModel
-from autoglm.vision.vit import VisionTransformer, published
+from autoglm.vision.vit import VisionTransformer
+from autoglm.weights.reader import checkpoint_tensors
 from demo import phrases, vocabulary
 from demo.tokenizer import build_tokenizer, number_ids, save_tokenizer
 
@@ -130,28 +131,17 @@ def spoken_forms(label: str) -> list[str]:
 def export(model: DemoModel, tok: Tokenizer, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the directory that transformers and the server read."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in _published(model)}
+    tensors = {
+        name if name.startswith("lm_head") else prefix + name: tensor.detach().to("cpu", dtype).contiguous()
+        for prefix, part in (("model.visual.", model.visual), ("model.language_model.", model.language))
+        for name, tensor in checkpoint_tensors(part)
+        if isinstance(tensor, torch.Tensor)
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(tok, directory)
     for name, content in _settings(model, tok, dtype).items():
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / name).write_text(text + "\n", encoding="utf-8")
-
-
-def _published(model: DemoModel) -> list[tuple[str, torch.Tensor]]:
-    """Tensors under their published names; q, k and v apart, and the ViT's gate and up."""
-    found: list[tuple[str, torch.Tensor]] = []
-    config = model.language.config
-    sizes = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-    for name, tensor in model.visual.state_dict().items():
-        found += published(f"model.visual.{name}", tensor)
-    for name, tensor in model.language.state_dict().items():
-        if ".qkv_proj." in name:
-            for part, rows in zip("qkv", tensor.split(sizes), strict=True):
-                found.append((f"model.language_model.{name.replace('qkv_proj', f'{part}_proj')}", rows))
-        else:
-            found.append((name if name.startswith("lm_head") else f"model.language_model.{name}", tensor))
-    return found
 
 
 def _settings(model: DemoModel, tok: Tokenizer, dtype: torch.dtype) -> dict[str, dict[str, object]]:

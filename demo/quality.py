@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autoglm_launcher.server import ROOT, TritonServer
+from autoglm_launcher import ROOT
+from autoglm_launcher.server import TritonServer
 from demo.backends import ServerBackend
 from demo.evaluate import Question, Verdict, ask, questions
 from demo.fonts import require_fonts

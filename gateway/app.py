@@ -16,20 +16,20 @@ from starlette.exceptions import HTTPException
 
 from autoglm.config import Config
 from autoglm.errors import RequestError
-from gateway.answer import Answer, EventStream
+from gateway.auth import Keys
+from gateway.backend import Ensemble
 from gateway.body import JsonRoute
-from gateway.content import Content, of_chat, of_prompt
-from gateway.document import describe
+from gateway.chat_input import Content, of_chat, of_prompt
 from gateway.errors import ApiError, from_fault, from_validation
 from gateway.fetch import Fetcher
-from gateway.gate import Gate
 from gateway.generation import Generation
 from gateway.health import Readiness
-from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.page import add_page
+from gateway.middleware import Gate
+from gateway.openapi import describe
+from gateway.playground import add_page
+from gateway.responses import Answer, EventStream
 from gateway.schema import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
-from gateway.triton import Ensemble
 
 
 class Gateway:

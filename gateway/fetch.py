@@ -22,7 +22,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from autoglm.config import LimitsConfig
 from autoglm.errors import Exact, RequestError, invalid, shorten
-from autoglm.media import decode_data_url
+from autoglm.media.image_file import decode_data_url
 
 MAX_REDIRECTS = 3
 FETCH_SECONDS = 10.0

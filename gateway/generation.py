@@ -13,11 +13,11 @@ from typing import Any
 from autoglm_client import RequestTimeout
 from autoglm_client.result import Response
 
-from gateway.content import Content
+from gateway.backend import Ensemble
+from gateway.chat_input import Content
 from gateway.errors import ApiError, from_fault
 from gateway.metrics import Metrics
 from gateway.schema import Sampling
-from gateway.triton import Ensemble
 
 
 class Generation:

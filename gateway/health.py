@@ -9,8 +9,8 @@ from contextlib import aclosing
 
 from autoglm_client import AutoGLMError
 
-from gateway.content import of_prompt
-from gateway.triton import Ensemble
+from gateway.backend import Ensemble
+from gateway.chat_input import of_prompt
 
 PROBE_SECONDS = 10.0
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from autoglm.messages import ROLES
-from autoglm.response_format import MAX_CHARACTERS, SCHEMA_NAME
-from autoglm.sampling import LEAST_SPARSE_RATIO, LOWEST_PRIORITY, MAX_LOGPROBS, MAX_STOPS, SparseMode
+from autoglm.preprocess.messages import ROLES
+from autoglm.preprocess.response_format import MAX_CHARACTERS, SCHEMA_NAME
+from autoglm.preprocess.sampling_params import LEAST_SPARSE_RATIO, LOWEST_PRIORITY, MAX_LOGPROBS, MAX_STOPS, SparseMode
 
 MAX_CHOICES = 4
 MAX_COMPLETION_LOGPROBS = 5  # OpenAI's for plain completions

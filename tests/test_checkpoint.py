@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autoglm.checkpoint import Checkpoint, CheckpointError
-from autoglm.llm.model import LanguageModel
+from autoglm.llm.loader import load_language_model
 from autoglm.vision.vit import VisionTransformer
 from tests.conftest import Pair
 
@@ -73,11 +73,11 @@ def test_broken_weights(copy: Path) -> None:
 
     def load(weights: dict[str, torch.Tensor]) -> None:
         save_file(weights, file)
-        LanguageModel.load(Checkpoint.open(copy), CPU, torch.float32)
+        load_language_model(Checkpoint.open(copy), CPU, torch.float32)
         VisionTransformer.load(Checkpoint.open(copy), CPU, torch.float32)
 
     load(whole)
-    with pytest.raises(CheckpointError, match="missing or doubled, the first is layers"):
+    with pytest.raises(CheckpointError, match="tensors are missing, the first is layers"):
         load({key: tensor for key, tensor in whole.items() if key != name})
     with pytest.raises(CheckpointError, match=r"unexpected tensor model\.visual\.extra"):
         load({**whole, "model.visual.extra": torch.zeros(1)})
@@ -93,6 +93,6 @@ def test_each_tensor_brings_its_own_dtype(copy: Path, plain: Pair) -> None:
     file = copy / "model.safetensors"
     mixed = {name: t.bfloat16() if t.dim() > 1 else t for name, t in load_file(file).items()}
     save_file(mixed, file)
-    model = LanguageModel.load(Checkpoint.open(copy), CPU, torch.float32)
+    model = load_language_model(Checkpoint.open(copy), CPU, torch.float32)
     assert torch.equal(model.embed_tokens.weight, mixed["model.language_model.embed_tokens.weight"].float())
     assert torch.equal(model.norm.weight, mixed["model.language_model.norm.weight"])

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from autoglm.audio.file import AudioFile, audio_hash, decode_audio
 from autoglm.audio.projector import Projector
 from autoglm.audio.speech import Speech
 from autoglm.audio.wav2vec2 import Wav2Vec2
 from autoglm.config import AudioSection
 from autoglm.errors import Exact, RequestError, invalid
-from autoglm.feature_cache import FeatureCache
-from autoglm.media_encoder import FEATURE_DTYPE, MediaEncoder
+from autoglm.media.audio_file import AudioFile, audio_hash, decode_audio
+from autoglm.media.encoder import FEATURE_DTYPE, MediaEncoder
+from autoglm.media.feature_cache import FeatureCache
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from autoglm.audio.checkpoint import SpeechCheckpoint
-from autoglm.audio.file import AudioFile, audio_hash, read_audio
 from autoglm.audio.projector import WEIGHTS, ProjectorConfig
 from autoglm.checkpoint import CheckpointError
 from autoglm.config import AudioSection, ConfigError
 from autoglm.errors import Exact, RequestError, invalid
-from autoglm.messages import AudioPart
-from autoglm.weight_cache import CacheKey
+from autoglm.media.audio_file import AudioFile, AudioPart, audio_hash, read_audio
+from autoglm.weights.cache import CacheKey
 
 Mode = Literal["transcript", "bridge"]
 

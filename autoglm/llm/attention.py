@@ -3,8 +3,8 @@
 import torch
 
 from autoglm.checkpoint import TextConfig
-from autoglm.kernels import Kernels, Rotary
-from autoglm.llm.batch import Batch
+from autoglm.kernels.base import Kernels, Rotary
+from autoglm.llm.input_batch import Batch
 from autoglm.llm.kv_cache import KVCache
 
 

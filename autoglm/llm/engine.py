@@ -20,18 +20,18 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import Config, EngineConfig, MemoryConfig, SparseAttentionConfig
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
-from autoglm.llm.grammar import token_masks
-from autoglm.llm.intake import Intake
+from autoglm.llm.input_processor import Intake
 from autoglm.llm.kv_cache import KVCache
+from autoglm.llm.loader import Calibrate, LoadConfig, load_language_model
 from autoglm.llm.model import LanguageModel
+from autoglm.llm.model_runner import ModelRunner, Pass
 from autoglm.llm.prefill import largest_pass
-from autoglm.llm.runner import ModelRunner, Pass
 from autoglm.llm.scheduler import Chunk, Scheduler
 from autoglm.llm.sequence import FinishReason, Output, Request, Sequence, TokenLogprob
+from autoglm.llm.structured_output.grammar import token_masks
 from autoglm.memory import MemoryManager
-from autoglm.quantization.loading import Loading
-from autoglm.sampling import SamplingParams
-from autoglm.tokenizer import Vocabulary
+from autoglm.preprocess.sampling_params import SamplingParams
+from autoglm.preprocess.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class Engine:
         config: EngineConfig,
         device: torch.device,
         dtype: torch.dtype,
-        loading: Loading | None = None,
+        *,
+        load_config: LoadConfig | None = None,
+        calibrate: Calibrate | None = None,
         memory: MemoryManager | None = None,
         sparse_attention: SparseAttentionConfig | None = None,
     ) -> None:
@@ -77,7 +79,8 @@ class Engine:
 
         Args:
             dtype: of activations, and of weights that are not quantised.
-            loading: how the weights are quantised and cached; None does neither.
+            load_config: how the weights are quantised and cached; None does neither.
+            calibrate: see `load_language_model`.
             memory: of this process; None bounds it as the configuration's defaults do.
             sparse_attention: of requests that do not say; None is dense.
         """
@@ -88,7 +91,7 @@ class Engine:
         self.vocabulary = Vocabulary(checkpoint.path)
         self.memory = memory or MemoryManager(MemoryConfig(), device)
         with self.memory.tag("weights"):
-            model = LanguageModel.load(checkpoint, device, dtype, loading)
+            model = load_language_model(checkpoint, device, dtype, load_config, calibrate)
         cache = self._make_cache(model, dtype)
         blocks = cache.keys.shape[1] // config.block_size
         self.max_context = min(config.max_context, text.max_position_embeddings, blocks * config.block_size)
@@ -116,16 +119,37 @@ class Engine:
         self._inbox: queue.SimpleQueue[Sequence | tuple[str, FinishReason] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._closing = False
-        self._captures = loading is None or not loading.foreign  # bitsandbytes looks at what it computes
+        # bitsandbytes synchronises with the device, which no CUDA graph can capture.
+        self._captures = load_config is None or not load_config.uses_bitsandbytes
         self._in_flight: Pass | None = None
         self._proved_at = -INTEGRITY_S
 
     @classmethod
-    def from_config(cls, checkpoint: Checkpoint, config: Config, device: torch.device, dtype: torch.dtype) -> "Engine":
-        """An engine as the whole configuration describes it. To be made before its process uses the device."""
+    def from_config(
+        cls,
+        checkpoint: Checkpoint,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        calibrate: Calibrate | None = None,
+    ) -> "Engine":
+        """An engine with the whole configuration. Call it before the process uses the device.
+
+        Args:
+            calibrate: see `load_language_model`.
+        """
         memory = MemoryManager(config.memory, device)
-        loading = Loading.from_config(config, device)
-        return cls(checkpoint, config.engine, device, dtype, loading, memory, config.sparse_attention)
+        load_config = LoadConfig.from_config(config, device)
+        return cls(
+            checkpoint,
+            config.engine,
+            device,
+            dtype,
+            load_config=load_config,
+            calibrate=calibrate,
+            memory=memory,
+            sparse_attention=config.sparse_attention,
+        )
 
     def start(self) -> None:
         """Begin to work; on a GPU after a warm-up, so that no request pays for what happens once."""

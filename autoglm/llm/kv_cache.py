@@ -3,8 +3,8 @@
 import torch
 
 from autoglm.checkpoint import TextConfig
-from autoglm.kernels import LayerCache
-from autoglm.kernels.reference_attention import decode
+from autoglm.kernels.base import LayerCache
+from autoglm.kernels.reference.attention import decode
 
 
 class KVCache:

@@ -11,10 +11,11 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from autoglm.checkpoint import Checkpoint, TextConfig
-from autoglm.kernels import Kernels, Rotary, choose, reference
-from autoglm.layers import Linear, RMSNorm, fit
-from autoglm.quantization.loading import Loading, load
+from autoglm.checkpoint import TextConfig
+from autoglm.kernels.base import Kernels, Rotary
+from autoglm.kernels.reference import dispatch as reference
+from autoglm.layers import RMSNorm, fit
+from autoglm.quantization.linear import Int8Linear, Linear
 
 
 class Attention(Protocol):
@@ -27,16 +28,18 @@ class Attention(Protocol):
 class SelfAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.qkv_proj: Linear = nn.Linear(config.hidden_size, heads * config.head_dim)
-        self.o_proj: Linear = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.qkv_proj: Linear | Int8Linear = Linear(
+            config.hidden_size, q + 2 * kv, bias=True, parts={"q_proj": q, "k_proj": kv, "v_proj": kv}
+        )
+        self.o_proj: Linear | Int8Linear = Linear(q, config.hidden_size)
 
 
 class MLP(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_up_proj: Linear = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj: Linear = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj: Linear | Int8Linear = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj: Linear | Int8Linear = Linear(config.intermediate_size, config.hidden_size)
 
 
 class Layer(nn.Module):
@@ -63,26 +66,9 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head: Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: Linear | Int8Linear = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-
-    @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, loading: Loading | None = None
-    ) -> "LanguageModel":
-        """The checkpoint's language model on `device`.
-
-        Args:
-            dtype: of what is not quantised, and of activations.
-            loading: how its weights are quantised, cached and placed; None leaves them in `dtype`.
-        """
-        with torch.device("meta"):
-            model = cls(checkpoint.text, choose(device))
-        model = model.to(dtype).requires_grad_(False).eval()
-        model.kv_scales = load(model, checkpoint, device, loading or Loading())
-        model.rotary = rotary(checkpoint.text, checkpoint.text.max_position_embeddings, device)
-        return model
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]."""

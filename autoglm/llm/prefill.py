@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from autoglm.llm.attention import PagedAttention
-from autoglm.llm.batch import Batch
+from autoglm.llm.input_batch import Batch
 from autoglm.llm.kv_cache import KVCache
 
 if TYPE_CHECKING:

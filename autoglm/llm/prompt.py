@@ -9,8 +9,8 @@ import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.llm.positions import audio_runs, image_runs, prompt_positions
-from autoglm.llm.prefix_keys import MediaSpan
+from autoglm.llm.block_hash import MediaSpan
+from autoglm.llm.mrope import audio_runs, image_runs, prompt_positions
 from autoglm.llm.sequence import Clip, Request
 
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from autoglm.errors import RequestError
-from autoglm.llm.prefix_keys import MediaSpan, prefix_key
-from autoglm.llm.sparsity import WINDOW, Sparsity
+from autoglm.llm.block_hash import MediaSpan, prefix_key
+from autoglm.llm.sparse.policy import WINDOW, Sparsity
 from autoglm.llm.stop import StopStrings
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-    from autoglm.llm.grammar import Matcher
-    from autoglm.tokenizer import Detokenizer
+    from autoglm.llm.structured_output.grammar import Matcher
+    from autoglm.preprocess.tokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 Sink = Callable[["Output"], None]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from autoglm.llm.batch import key_slots
+from autoglm.llm.input_batch import key_slots
 from autoglm.llm.kv_cache import KVCache
 from autoglm.llm.sequence import Sequence
 from autoglm.llm.transfer import send

@@ -15,7 +15,7 @@ from torch import nn
 from autoglm.checkpoint import CheckpointError
 from autoglm.config import ConfigError
 from autoglm.quantization.int8 import Int8Weight
-from autoglm.quantization.linear import ForeignLinear, Int8Linear
+from autoglm.quantization.linear import ExternalLinear, Int8Linear
 
 COMPANIONS = (".SCB", ".weight_format")
 ROW_MAJOR = 0
@@ -58,8 +58,8 @@ class BitsandbytesLinear(nn.Module):
         self.inner = inner.eval()
 
     @property
-    def weight(self) -> ForeignLinear:
-        return ForeignLinear(self.inner, self.inner.weight.shape)
+    def weight(self) -> ExternalLinear:
+        return ExternalLinear(self.inner, self.inner.weight.shape)
 
 
 def replace_linears(model: nn.Module, threshold: float) -> None:

@@ -42,9 +42,7 @@ class Int8Weight:
         return weight.to(dtype)
 
 
-def empty(
-    rows: int, columns: int, symmetric: bool, grouped: bool, device: torch.device | str | None = None
-) -> Int8Weight:
+def empty(rows: int, columns: int, *, symmetric: bool, grouped: bool, device: torch.device | None = None) -> Int8Weight:
     """A weight whose memory is not filled yet."""
     groups = -(-columns // GROUP) if grouped else 1
     scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
@@ -58,7 +56,7 @@ def quantize(weight: torch.Tensor, symmetric: bool = True, grouped: bool = False
     Computed in fp32, some rows at a time. Where a row or group is constant the scale is tiny, never 0.
     """
     rows, columns = weight.shape
-    made = empty(rows, columns, symmetric, grouped, weight.device)
+    made = empty(rows, columns, symmetric=symmetric, grouped=grouped, device=weight.device)
     quantize_into(made, weight)
     return made
 
@@ -69,6 +67,19 @@ def quantize_into(target: Int8Weight, weight: torch.Tensor) -> None:
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         _quantize_rows(target.rows(part), weight[part])
+
+
+def copy_weight(target: torch.Tensor | Int8Weight, source: torch.Tensor | Int8Weight) -> None:
+    """Copy a weight of the same shape, converting between float and INT8; INT8 of the same kind is copied exactly."""
+    if isinstance(target, torch.Tensor):
+        target.copy_(source if isinstance(source, torch.Tensor) else source.dequantize(target.dtype))
+    elif isinstance(source, torch.Tensor):
+        quantize_into(target, source)
+    elif target.groups == 1 and target.offsets is None:
+        target.values.copy_(source.values)
+        target.scales.copy_(source.scales)
+    else:
+        quantize_into(target, source.dequantize())
 
 
 def _quantize_rows(target: Int8Weight, weight: torch.Tensor) -> None:

@@ -1,17 +1,22 @@
-"""A linear layer that holds its weight in INT8."""
+"""Linear layers, in float or INT8. Each knows the checkpoint tensors that its weight is made of."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from autoglm.quantization.int8 import Int8Weight, empty
 
+Tensor: TypeAlias = torch.Tensor | Int8Weight
+
 
 @dataclass(frozen=True)
-class ForeignLinear:
-    """A linear layer that another library computes, bias included. float [T, K] -> [T, N]; shape is (N, K)."""
+class ExternalLinear:
+    """A linear layer computed by another library, bias included. float [T, K] -> [T, N]; shape is (N, K)."""
 
     compute: Callable[[torch.Tensor], torch.Tensor]
     shape: torch.Size
@@ -20,10 +25,31 @@ class ForeignLinear:
         return self.compute(x)
 
 
-class Int8Linear(nn.Module):
-    """Stands where an `nn.Linear` stood: `weight` and `bias` are what the kernels take. It computes nothing itself.
+class Linear(nn.Linear):
+    """`nn.Linear` whose weight may be several of the checkpoint's, stacked along the outputs.
 
-    Casting the module (`.to(dtype)`) would cast its scales: it is made after the model has its dtype.
+    parts: the checkpoint's names of these layers and their numbers of outputs, in order; empty for a layer that the
+        checkpoint has under its own name.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, parts: Mapping[str, int] | None = None) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.parts = dict(parts or {})
+
+    def checkpoint_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors of this layer, called `name` in its parent: their names there and the memory that
+        holds them."""
+        return _split(name, self.parts, self.weight.data, self.bias)
+
+    def to_int8(self, *, symmetric: bool, grouped: bool) -> Int8Linear:
+        """An INT8 layer of the same shape, not filled."""
+        return Int8Linear(self, symmetric=symmetric, grouped=grouped)
+
+
+class Int8Linear(nn.Module):
+    """Takes the place of a `Linear`. The kernels compute with `weight` and `bias`; the module itself does not.
+
+    Casting the module (`.to(dtype)`) would cast its scales: create it after the model has its dtype.
     """
 
     values: torch.Tensor
@@ -31,15 +57,32 @@ class Int8Linear(nn.Module):
     offsets: torch.Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, inputs: int, outputs: int, bias: torch.dtype | None, symmetric: bool, grouped: bool) -> None:
+    def __init__(self, layer: Linear, *, symmetric: bool, grouped: bool) -> None:
         super().__init__()
-        weight = empty(outputs, inputs, symmetric, grouped)
+        self.parts = layer.parts
+        weight = empty(*layer.weight.shape, symmetric=symmetric, grouped=grouped, device=layer.weight.device)
         self.register_buffer("values", weight.values)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("offsets", weight.offsets)
-        made = None if bias is None else nn.Parameter(torch.empty(outputs, dtype=bias), requires_grad=False)
-        self.register_parameter("bias", made)
+        bias = None if layer.bias is None else nn.Parameter(torch.empty_like(layer.bias), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Int8Weight:
         return Int8Weight(self.values, self.scales, self.offsets)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """See `Linear.checkpoint_tensors`."""
+        return _split(name, self.parts, self.weight, self.bias)
+
+
+def _split(
+    name: str, parts: Mapping[str, int], weight: Tensor, bias: torch.Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    start = 0
+    for part, outputs in (parts or {name: weight.shape[0]}).items():
+        rows = slice(start, start + outputs)
+        yield f"{part}.weight", weight.rows(rows) if isinstance(weight, Int8Weight) else weight[rows]
+        if bias is not None:
+            yield f"{part}.bias", bias.data[rows]
+        start += outputs

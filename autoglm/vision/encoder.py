@@ -18,17 +18,17 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import LimitsConfig, VisionSection
 from autoglm.device import beside
 from autoglm.errors import RequestError
-from autoglm.feature_cache import FeatureCache
-from autoglm.kernels import choose
-from autoglm.media import ImageFile, ImageInfo, decode_image, media_hash, read_image
-from autoglm.media_encoder import FEATURE_DTYPE, MediaEncoder
+from autoglm.kernels import get_kernels
+from autoglm.media.encoder import FEATURE_DTYPE, MediaEncoder
+from autoglm.media.feature_cache import FeatureCache
+from autoglm.media.image_file import ImageFile, ImageInfo, decode_image, media_hash, read_image
 from autoglm.vision.graphs import GraphedTransformer
 from autoglm.vision.image_processor import check_grid, device_patches, grid_of, patches, smart_resize
-from autoglm.vision.loading import cache_key, load
+from autoglm.vision.loader import cache_key, load
 from autoglm.vision.pixel_limits import server_limits
 from autoglm.vision.png import read_scanlines
 from autoglm.vision.vit import VisionTransformer
-from autoglm.weight_cache import WeightCache
+from autoglm.weights.cache import WeightCache
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
             lines = read_scanlines(file.data)
         if lines is None:
             return self._copy(np.array(decode_image(file.data, self.limits, "")))
-        return choose(self.device).unfilter(self._copy(lines.rows), lines.channels)
+        return get_kernels(self.device).unfilter(self._copy(lines.rows), lines.channels)
 
     def _copy(self, array: NDArray[np.uint8]) -> torch.Tensor:
         """To the device, from pinned memory: this thread need not hold Python's lock meanwhile."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from autoglm.errors import Exact, invalid
-from autoglm.kernels import choose
+from autoglm.kernels import get_kernels
 from autoglm.vision.resample import resize
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def device_patches(
     """
     levels = _device_levels(limits, pixels.device, dtype)
     patch, merge, frames = limits.patch_size, limits.merge_size, limits.temporal_patch_size
-    return choose(pixels.device).patchify(resize(pixels, size), levels, patch, merge, frames)
+    return get_kernels(pixels.device).patchify(resize(pixels, size), levels, patch, merge, frames)
 
 
 @lru_cache(maxsize=4)

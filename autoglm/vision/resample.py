@@ -12,7 +12,8 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
-from autoglm.kernels import Taps, choose
+from autoglm.kernels import get_kernels
+from autoglm.kernels.base import Taps
 
 PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 SUPPORT = 2.0  # how far the cubic reaches, in pixels of the smaller side
@@ -24,7 +25,7 @@ def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     source = pixels.shape[0], pixels.shape[1]
     for axis in (0, 1) if _height_first(source, size) else (1, 0):
         if source[axis] != size[axis]:
-            pixels = choose(pixels.device).resample(pixels, taps(source[axis], size[axis], pixels.device), axis)
+            pixels = get_kernels(pixels.device).resample(pixels, taps(source[axis], size[axis], pixels.device), axis)
     return pixels
 
 

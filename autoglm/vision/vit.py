@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoglm.checkpoint import Checkpoint, VisionConfig
-from autoglm.kernels import Activation, Kernels, Packing, choose, reference
-from autoglm.layers import Linear, RMSNorm, fit
-from autoglm.quantization.linear import Int8Linear
-from autoglm.weights import load_parameters, read_weights
+from autoglm.kernels import get_kernels
+from autoglm.kernels.base import Activation, Kernels, Packing
+from autoglm.kernels.reference import dispatch as reference
+from autoglm.layers import RMSNorm, fit
+from autoglm.quantization.linear import Int8Linear, Linear
+from autoglm.weights.reader import load_parameters, read_weights
 
 Grid = tuple[int, int, int]
 Shape = tuple[int, int]  # rows and columns of patches
@@ -59,8 +61,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.gate_up_proj: Linear = nn.Linear(size, 2 * width, bias=False)
-        self.down_proj: Linear = nn.Linear(width, size, bias=False)
+        self.gate_up_proj: Linear | Int8Linear = Linear(size, 2 * width, parts={"gate_proj": width, "up_proj": width})
+        self.down_proj: Linear | Int8Linear = Linear(width, size)
 
     def forward(self, x: Activation, kernels: Kernels) -> torch.Tensor:
         """[N, size] -> partial sums [S, N, size]."""
@@ -74,8 +76,8 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.qkv: Linear = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.proj: Linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv: Linear | Int8Linear = Linear(config.hidden_size, 3 * config.hidden_size, config.attention_bias)
+        self.proj: Linear | Int8Linear = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, x: Activation, angles: torch.Tensor, packing: Packing, dtype: torch.dtype, kernels: Kernels
@@ -151,11 +153,11 @@ class Merger(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        size = config.out_hidden_size
-        self.proj = nn.Linear(size, size, bias=False)
+        size, width = config.out_hidden_size, config.intermediate_size
+        self.proj = Linear(size, size)
         self.post_projection_norm = nn.LayerNorm(size)
-        self.gate_up_proj = nn.Linear(size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
+        self.gate_up_proj = Linear(size, 2 * width, parts={"gate_proj": width, "up_proj": width})
+        self.down_proj = Linear(width, size)
 
     def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         x = F.gelu(self.post_projection_norm(self.proj(x)))
@@ -195,16 +197,23 @@ class VisionTransformer(nn.Module):
     ) -> "VisionTransformer":
         """The same before its weights are filled."""
         with torch.device("meta"):
-            model = cls(checkpoint.vision, choose(device)).to(dtype)
+            model = cls(checkpoint.vision, get_kernels(device)).to(dtype)
             if int8:
-                hold_int8(model)
+                model.to_int8()
         return model.to_empty(device=device).requires_grad_(False).eval()
+
+    def to_int8(self) -> None:
+        """Replace the linear layers of the blocks by INT8 ones, one scale a row, whose memory is not filled."""
+        for layer in list(self.blocks.modules()):
+            for name, linear in layer.named_children():
+                if isinstance(linear, Linear):
+                    setattr(layer, name, linear.to_int8(symmetric=True, grouped=False))
 
     def fill(self, checkpoint: Checkpoint) -> None:
         """Read the weights from the checkpoint's files."""
         device = self.patch_embed.proj.weight.device
         weights = read_weights(checkpoint, ("model.visual.",), device)
-        load_parameters(self, weights, {"model.visual.": ""}, fused_rows(self.config))
+        load_parameters(self, weights, {"model.visual.": ""})
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Embed packed images.
@@ -273,33 +282,6 @@ class VisionTransformer(nn.Module):
         lengths = [height * width for height, width in shapes]
         positions = self.embeddings(places).split_with_sizes(lengths)
         return zip(positions, angles.split_with_sizes(lengths, dim=1), strict=True)
-
-
-def hold_int8(model: VisionTransformer) -> None:
-    """Put INT8 layers, whose memory is not filled, in the place of the blocks' linear ones."""
-    for layer in list(model.blocks.modules()):
-        for name, linear in layer.named_children():
-            if isinstance(linear, nn.Linear):
-                bias = None if linear.bias is None else linear.bias.dtype
-                setattr(layer, name, Int8Linear(linear.in_features, linear.out_features, bias, True, False))
-
-
-def fused_rows(config: VisionConfig) -> dict[str, tuple[str, slice]]:
-    """Where gate and up lie in the products that they are here."""
-    return {
-        f"{owner}.{part}_proj": (f"{owner}.gate_up_proj", slice(start * width, (start + 1) * width))
-        for owner, width in (("mlp", config.out_hidden_size), ("merger", config.intermediate_size))
-        for start, part in enumerate(("gate", "up"))
-    }
-
-
-def published(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter under the checkpoint's names: gate and up apart."""
-    if "gate_up_proj" in name:
-        for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
-            yield name.replace("gate_up_proj", f"{part}_proj"), rows
-    else:
-        yield name, tensor
 
 
 def block_order(shapes: Sequence[Shape], merge: int, device: torch.device) -> Places:

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from autoglm.audio.encoder import SpeechEncoder
 from autoglm.audio.speech import Mode, Speech
-from autoglm.chat import ChatRenderer, Prompt
 from autoglm.config import AudioSection, Config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
 from autoglm.llm.sequence import Clip, Output, Request
-from autoglm.messages import read_prompt
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.chat import ChatRenderer, Prompt
+from autoglm.preprocess.messages import read_prompt
+from autoglm.preprocess.sampling_params import SamplingParams
 from demo.backends import MAX_TOKENS, LibraryBackend, ServerBackend, collect
 
 

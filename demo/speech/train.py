@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.llm.model import LanguageModel
+from autoglm.llm.loader import load_language_model
 from demo.speech.dataset import Clips, Corpus
 from demo.speech.graphs import Graphs
 from demo.speech.losses import Codebook, bridge_path, collapse, ctc, saying, spell
@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, checkpoint: Path, device: torch.device, rate: float) -> None:
         """checkpoint: the demo's language model, of which only the embeddings are read."""
         torch.manual_seed(0)
-        language = LanguageModel.load(Checkpoint.open(checkpoint), torch.device("cpu"), torch.float32)
+        language = load_language_model(Checkpoint.open(checkpoint), torch.device("cpu"), torch.float32)
         tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
         self.codebook = Codebook(tokenizer, language.embed_tokens.weight).to(device)
         self.model = SpeechModel(language.config.hidden_size).to(device)

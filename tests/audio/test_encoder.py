@@ -10,13 +10,12 @@ import torch
 
 from autoglm.audio import encoder as encoder_module
 from autoglm.audio.encoder import Heard, SpeechEncoder
-from autoglm.audio.file import AudioFile, decode_audio
 from autoglm.audio.speech import Mode, Speech
 from autoglm.audio.wav2vec2 import Wav2Vec2
 from autoglm.checkpoint import CheckpointError
 from autoglm.config import AudioSection, ConfigError
 from autoglm.errors import RequestError
-from autoglm.messages import AudioPart
+from autoglm.media.audio_file import AudioFile, AudioPart, decode_audio
 from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoglm.config import SparseAttentionConfig
-from autoglm.llm.sparsity import Mode, Sparsity
+from autoglm.llm.sparse.policy import Mode, Sparsity
 from benchmarks import sparsity, sparsity_table
 from benchmarks.attention_kept import MODES, attention_kept
 from benchmarks.engines import image_prompt, open_engine

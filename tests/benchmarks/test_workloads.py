@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoglm.kernels import reference
+from autoglm.kernels.reference import dispatch as reference
 from autoglm.llm.engine import Engine
 from benchmarks import constrained, decode, kernels, live, prefill, screenshot, speech, start, vision
 from benchmarks.cases import Case, Cases

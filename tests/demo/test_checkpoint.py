@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.llm.positions import prompt_positions
+from autoglm.llm.mrope import prompt_positions
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
 from demo import model as demo_model
 from demo.backends import LibraryBackend

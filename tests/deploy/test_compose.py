@@ -128,8 +128,8 @@ def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]
 
 
 def test_the_packages_of_what_the_launcher_starts_are_installed(dockerfile: list[tuple[str, str]]) -> None:
-    (command,) = [line for name, line in dockerfile if name == "RUN" and "autoglm_launcher.environment" in line]
-    assert command.endswith("-m autoglm_launcher.environment --no-server gateway")
+    (command,) = [line for name, line in dockerfile if name == "RUN" and "autoglm_launcher.venv" in line]
+    assert command.endswith("-m autoglm_launcher.venv --no-server gateway")
 
 
 def test_paths_of_volumes_and_environment_agree(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:

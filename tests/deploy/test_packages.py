@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_launcher.environment import TORCH
+from autoglm_launcher.venv import TORCH
 
 ROOT = Path(__file__).resolve().parents[2]
 

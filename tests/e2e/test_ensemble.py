@@ -13,15 +13,15 @@ import torch
 import tritonclient.grpc as grpc
 from tokenizers import Tokenizer
 
-from autoglm.chat import ChatRenderer
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import EngineConfig, load_config
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output
 from autoglm.llm.sequence import Request as EngineRequest
-from autoglm.messages import read_messages
-from autoglm.metrics import INTERVAL
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.chat import ChatRenderer
+from autoglm.preprocess.messages import read_messages
+from autoglm.preprocess.sampling_params import SamplingParams
+from autoglm.serving.metrics import INTERVAL
 from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
 from tests.e2e.conftest import ROOT

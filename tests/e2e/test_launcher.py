@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from autoglm_launcher import probe
+from autoglm_launcher import ROOT, probe
 from autoglm_launcher.gateway import fault_of
 from autoglm_launcher.ports import free_ports
 from autoglm_launcher.probe import Sample
 from autoglm_launcher.processes import command_line, descendants, is_running, server_processes
-from autoglm_launcher.server import ROOT, TritonServer
+from autoglm_launcher.server import TritonServer
 from autoglm_launcher.watchdog import Watchdog
 
 START_S = 120

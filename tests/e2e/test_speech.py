@@ -21,24 +21,24 @@ from tritonclient.utils import InferenceServerException
 
 from autoglm.audio.encoder import Heard, SpeechEncoder
 from autoglm.audio.speech import Mode, Speech
-from autoglm.chat import ChatRenderer
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import load_config
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Clip, Output, Request
-from autoglm.messages import read_messages
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.chat import ChatRenderer
+from autoglm.preprocess.messages import read_messages
+from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
 from gateway.app import create_app
 from tests.audio.speech_checkpoints import sound_file, tone
-from tests.audio.test_file import REFUSED
 from tests.e2e.conftest import ROOT
 from tests.e2e.triton import Call, ask
 from tests.gateway.playground.conftest import ARGUMENTS, CHROMIUM
 from tests.gateway.playground.using import choose
 from tests.gateway.running import configured, serve
 from tests.images import encode, picture
+from tests.media.test_audio_file import REFUSED
 
 CPU = torch.device("cpu")
 HIDDEN = 256

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from autoglm.metrics import INTERVAL
+from autoglm.serving.metrics import INTERVAL
 from autoglm_launcher.server import TritonServer
 from tests.e2e.conftest import ROOT
 from tests.e2e.test_bad_input import bomb, broken_pixels

@@ -11,8 +11,8 @@ from autoglm_client import Cancelled, ServerError, ServerUnavailable
 
 from autoglm_launcher.server import TritonServer
 from gateway.app import create_app
+from gateway.auth import Keys
 from gateway.errors import ApiError, from_fault
-from gateway.keys import Keys
 from tests.gateway.running import configured, serve
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from autoglm.kernels import LayerCache, Rotary
+from autoglm.kernels.base import LayerCache, Rotary
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SPARE = 3  # blocks that belong to no sequence

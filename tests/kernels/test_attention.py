@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from autoglm.kernels import decode_attention as decode_module
-from autoglm.kernels import reference_attention as twin
-from autoglm.kernels.decode_attention import decode_attention
-from autoglm.kernels.prefill_attention import prefill_attention
-from autoglm.kernels.rotary import store_keys
+from autoglm.kernels.gpu import decode_attention as decode_module
+from autoglm.kernels.gpu.decode_attention import decode_attention
+from autoglm.kernels.gpu.prefill_attention import prefill_attention
+from autoglm.kernels.gpu.rotary import store_keys
+from autoglm.kernels.reference import attention as twin
 from tests.kernels.attention_cases import STORED, Heads, Paged, assert_same_cache, make_qkv, make_rotary
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "int8": 3e-2, "fp8": 3e-2}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from autoglm.kernels import norm, reference
-from autoglm.kernels.embed import embed
+from autoglm.kernels.gpu import norm
+from autoglm.kernels.gpu.embed import embed
+from autoglm.kernels.reference import dispatch as reference
 from tests.kernels.device import DEVICE
 
 

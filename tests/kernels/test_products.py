@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from autoglm.kernels import Activation, gpu, reference
-from autoglm.kernels.gemm import gemm
-from autoglm.kernels.gemv import gemv
-from autoglm.kernels.skinny import skinny
+from autoglm.kernels.base import Activation
+from autoglm.kernels.gpu import dispatch as gpu
+from autoglm.kernels.gpu.gemm import gemm
+from autoglm.kernels.gpu.gemv import gemv
+from autoglm.kernels.gpu.skinny_gemm import skinny
+from autoglm.kernels.reference import dispatch as reference
 from autoglm.quantization.int8 import GROUP, Int8Weight
 from tests.kernels.device import DEVICE
 

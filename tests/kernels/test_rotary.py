@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from autoglm.kernels import reference_attention as twin
-from autoglm.kernels.rotary import store_keys
+from autoglm.kernels.gpu.rotary import store_keys
+from autoglm.kernels.reference import attention as twin
 from tests.kernels.attention_cases import (
     STORED,
     Heads,

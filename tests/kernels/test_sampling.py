@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from autoglm.kernels import reference_sampling, sampling
-from autoglm.kernels.records import COUNT_MASK, IN_PROMPT, WIDTH, record
-from autoglm.sampling import SamplingParams
+from autoglm.kernels.gpu import sampling
+from autoglm.kernels.reference import sampling as reference_sampling
+from autoglm.kernels.sampling_metadata import COUNT_MASK, IN_PROMPT, WIDTH
+from autoglm.llm.request_slots import record
+from autoglm.preprocess.sampling_params import SamplingParams
 
 SEATS = 7
 KINDS: dict[str, dict[str, Any]] = {

@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from autoglm.checkpoint import VisionConfig
-from autoglm.kernels import Kernels, Packing, gpu, image, image_attention, png, reference
-from autoglm.kernels.gate import swiglu
+from autoglm.kernels.base import Kernels, Packing
+from autoglm.kernels.gpu import dispatch as gpu
+from autoglm.kernels.gpu import image, image_attention, png
+from autoglm.kernels.gpu.swiglu import swiglu
+from autoglm.kernels.reference import dispatch as reference
 from autoglm.quantization.int8 import quantize_into
 from autoglm.quantization.linear import Int8Linear
 from autoglm.vision.resample import taps
-from autoglm.vision.vit import VisionTransformer, hold_int8
+from autoglm.vision.vit import VisionTransformer
 from tests.kernels.device import DEVICE
 
 
@@ -97,7 +100,7 @@ def test_the_whole_encoder_equals_its_twin(int8: bool) -> None:
     model.load_state_dict(exact.state_dict())
     if int8:
         linears = {name: layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear)}
-        hold_int8(model)
+        model.to_int8()
         for name, linear in linears.items():
             held = model.blocks.get_submodule(name).to(DEVICE)
             assert isinstance(held, Int8Linear)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from autoglm.config import load_config
-from autoglm_launcher import arguments, gpus
-from autoglm_launcher.arguments import ROOT, Options
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher import ROOT, arguments, gpus
+from autoglm_launcher.arguments import Options
+from autoglm_launcher.console import LauncherError
 from autoglm_launcher.gpus import Gpu
 from autoglm_launcher.ports import free_ports as ports_that_are_free
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_launcher import bootstrap, environment
+from autoglm_launcher import bootstrap
+from autoglm_launcher import venv as environment
 from autoglm_launcher.ports import free_ports
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autoglm_launcher import gateway as module
-from autoglm_launcher.errors import LauncherError
+from autoglm_launcher.console import LauncherError
 from autoglm_launcher.gateway import Gateway, fault_of
 from autoglm_launcher.ports import free_ports
 from autoglm_launcher.processes import is_running

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_launcher import gpus
-from autoglm_launcher.errors import LauncherError
-from autoglm_launcher.installation import Installation
+from autoglm_launcher import ROOT, gpus
+from autoglm_launcher.console import LauncherError
 from autoglm_launcher.ports import Ports
 from autoglm_launcher.processes import is_running
-from autoglm_launcher.server import MOST_STARTS, ROOT, TritonServer
+from autoglm_launcher.server import MOST_STARTS, TritonServer
+from autoglm_launcher.tritonserver import Installation
 
 SHARED_MEMORY = Path("/dev/shm")
 

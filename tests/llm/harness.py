@@ -10,7 +10,7 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import EngineConfig, SparseAttentionConfig
 from autoglm.llm.engine import Engine
 from autoglm.llm.sequence import Output, Request, Sequence
-from autoglm.sampling import SamplingParams
+from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.vision.vit import VisionTransformer
 from tests.prompts import Grid, random_pixels, random_prompt
 

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from autoglm.checkpoint import TextConfig
-from autoglm.kernels import Rotary, reference
-from autoglm.kernels.reference_attention import gather_angles, rotate
+from autoglm.kernels.base import Rotary
+from autoglm.kernels.reference import dispatch as reference
+from autoglm.kernels.reference.attention import gather_angles, rotate
 from autoglm.llm.attention import PagedAttention
-from autoglm.llm.batch import Batch
+from autoglm.llm.input_batch import Batch
 from autoglm.llm.kv_cache import KVCache
 
 CONFIG = TextConfig(

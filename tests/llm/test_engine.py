@@ -11,9 +11,9 @@ import torch
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode
-from autoglm.llm.batch import Batch
-from autoglm.llm.cross_attention import View
+from autoglm.llm.input_batch import Batch
 from autoglm.llm.sequence import Output, Request
+from autoglm.llm.sparse.attention import View
 from tests.checkpoints import Shape, make_checkpoint
 from tests.conftest import Pair
 from tests.llm.harness import Harness

@@ -8,7 +8,7 @@ import torch
 from autoglm.llm.sequence import TokenLogprob
 from tests.conftest import Pair
 from tests.llm.harness import Answer, Harness
-from tests.llm.test_constrained import FORMATS, all_requests, tokens_of
+from tests.llm.structured_output.test_engine import FORMATS, all_requests, tokens_of
 from tests.llm.test_engine import mixed_requests
 from tests.prompts import random_text
 

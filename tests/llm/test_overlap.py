@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.llm.batch import ROW, Shape
-from autoglm.llm.graphs import chunk_shapes, decode_sizes
+from autoglm.llm.cuda_graphs import chunk_shapes, decode_sizes
+from autoglm.llm.input_batch import ROW, Shape
 from autoglm.llm.sequence import Request
 from tests.conftest import Pair
 from tests.llm.harness import Harness

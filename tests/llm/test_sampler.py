@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from autoglm.kernels import reference
-from autoglm.kernels.records import IN_PROMPT, record
-from autoglm.kernels.reference_sampling import gumbel
-from autoglm.sampling import SamplingParams
+from autoglm.kernels.reference import dispatch as reference
+from autoglm.kernels.reference.sampling import gumbel
+from autoglm.kernels.sampling_metadata import IN_PROMPT
+from autoglm.llm.request_slots import record
+from autoglm.preprocess.sampling_params import SamplingParams
 
 VOCABULARY = 12
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from autoglm.kernels.reference_attention import gather_angles, rotate
+from autoglm.kernels.reference.attention import gather_angles, rotate
+from autoglm.llm.loader import load_language_model
 from autoglm.llm.model import LanguageModel
-from autoglm.llm.positions import prompt_positions
+from autoglm.llm.mrope import prompt_positions
 from autoglm.vision.vit import VisionTransformer
 from tests.conftest import Pair
 from tests.prompts import GRIDS, random_pixels, random_prompt
@@ -53,7 +54,7 @@ def test_positions_and_logits(pair: Pair, images: str) -> None:
     expected = pair.reference(
         input_ids=token_ids, pixel_values=patches, image_grid_thw=grid_tensor, mm_token_type_ids=media
     ).logits[0]
-    model = LanguageModel.load(checkpoint, CPU, torch.float32)
+    model = load_language_model(checkpoint, CPU, torch.float32)
     hidden = model.embed(token_ids[0])
     if patches is not None:
         hidden[media[0].bool()] = VisionTransformer.load(checkpoint, CPU, torch.float32)(patches, grids)
@@ -66,7 +67,7 @@ def test_bf16_argmax(pair: Pair) -> None:
     ids = torch.tensor([random_prompt(pair.checkpoint, [], 4, before=60)])
     exact = pair.reference(input_ids=ids).logits[0]
     positions, _ = prompt_positions(ids[0].tolist(), [], pair.checkpoint.image_token_id, 2)
-    model = LanguageModel.load(pair.checkpoint, CPU, torch.bfloat16)
+    model = load_language_model(pair.checkpoint, CPU, torch.bfloat16)
     rounded = model.logits(model(model.embed(ids[0]), DenseAttention(model, positions))).float()
     noise = (rounded - exact).abs().amax(-1)
     top = exact.topk(2, dim=-1).values

@@ -14,13 +14,13 @@ import torch
 
 from autoglm.config import LimitsConfig, VisionSection
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.media import ImageFile, decode_image, media_hash
+from autoglm.media.image_file import ImageFile, decode_image, media_hash
 from autoglm.vision import encoder as encoder_module
-from autoglm.vision import loading as loading_module
+from autoglm.vision import loader as loading_module
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, smart_resize
 from autoglm.vision.vit import VisionTransformer
-from autoglm.weight_cache import WeightCache
+from autoglm.weights.cache import WeightCache
 from tests.conftest import Pair
 from tests.images import encode, picture
 

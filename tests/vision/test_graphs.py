@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autoglm.config import LimitsConfig, VisionSection
-from autoglm.media import ImageFile, media_hash
+from autoglm.media.image_file import ImageFile, media_hash
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.graphs import GraphedTransformer, _Graph
 from autoglm.vision.image_processor import grid_of, smart_resize

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoglm.kernels import reference
+from autoglm.kernels.reference import dispatch as reference
 from autoglm.vision.png import read_scanlines
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -9,15 +9,15 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import to_dlpack
 
 from autoglm.audio.encoder import Heard, SpeechEncoder
-from autoglm.audio.file import AudioFile
 from autoglm.audio.speech import Speech, no_speech
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import checkpoint_directory, load_config, speech_directories
 from autoglm.device import choose_device
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
-from autoglm.media_encoder import FEATURE_DTYPE
-from autoglm.metrics import AUDIO_CACHE, Publisher
-from autoglm.triton import error_response, log_to_triton, string_row
+from autoglm.media.audio_file import AudioFile
+from autoglm.media.encoder import FEATURE_DTYPE
+from autoglm.serving.metrics import AUDIO_CACHE, Publisher
+from autoglm.serving.triton_server import error_response, log_to_triton, string_row
 
 INPUTS = ("AUDIO_FILES", "AUDIO_TOKENS", "AUDIO_HASHES", "AUDIO_NAMES")
 

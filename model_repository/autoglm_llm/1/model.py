@@ -1,4 +1,4 @@
-"""Adapter: prompts to streamed answers. The work is done in autoglm.llm.engine, the sending in autoglm.responder."""
+"""Adapter: prompts in, streamed answers out. See autoglm.llm.engine and autoglm.serving.response_sender."""
 
 import itertools
 import threading
@@ -10,16 +10,17 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import checkpoint_directory, load_config
+from autoglm.config import Config, checkpoint_directory, load_config
 from autoglm.device import beside, choose_device
 from autoglm.errors import ErrorCode, RequestError, invalid
 from autoglm.llm.engine import Engine
+from autoglm.llm.loader import Calibrate
 from autoglm.llm.sequence import Clip, Output, Request
-from autoglm.metrics import ENGINE, Publisher
-from autoglm.responder import Responder
-from autoglm.sampling import SamplingParams
-from autoglm.siblings import Siblings
-from autoglm.triton import error_response, log_to_triton, read_parameters
+from autoglm.preprocess.sampling_params import SamplingParams
+from autoglm.serving.instance_ipc import Siblings
+from autoglm.serving.metrics import ENGINE, Publisher
+from autoglm.serving.response_sender import Responder
+from autoglm.serving.triton_server import error_response, log_to_triton, read_parameters
 
 STOP = "STOP"
 
@@ -32,7 +33,7 @@ class TritonPythonModel:
         config = load_config()
         device, dtype = choose_device(config.model)
         self.checkpoint = Checkpoint.open(checkpoint_directory())
-        self.engine = Engine.from_config(self.checkpoint, config, device, dtype)
+        self.engine = Engine.from_config(self.checkpoint, config, device, dtype, _calibrate(config))
         self.responder = Responder(pb_utils, self.engine.vocabulary)
         instance = args["model_instance_name"]
         self.publisher = Publisher(pb_utils, self.engine.stats, ENGINE, {"instance": instance})
@@ -127,6 +128,15 @@ class TritonPythonModel:
             self._running[caller].discard(number)
             if not self._running[caller]:
                 del self._running[caller]
+
+
+def _calibrate(config: Config) -> Calibrate | None:
+    """The function that runs a calibration; what it needs is imported only where one is configured."""
+    if not config.quantization.calibration.dataset:
+        return None
+    from autoglm.llm.calibration import calibrate
+
+    return calibrate
 
 
 def _row(tensors: dict[str, Any], name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Adapter: a request's chat, images and sound to token ids and encoded files. The work is done in autoglm.chat."""
+"""Adapter: chat, images and audio to token ids and encoded files. See autoglm.preprocess."""
 
 import time
 from typing import Any
@@ -8,13 +8,13 @@ import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
 from autoglm.audio.speech import Mode, Speech, choose_mode
-from autoglm.chat import ChatRenderer, Prompt
 from autoglm.checkpoint import Checkpoint, ImageLimits
 from autoglm.config import checkpoint_directory, load_config, speech_directories
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
-from autoglm.messages import read_messages, read_prompt
-from autoglm.sampling import SamplingParams
-from autoglm.triton import error_response, read_parameters, string_row
+from autoglm.preprocess.chat import ChatRenderer, Prompt
+from autoglm.preprocess.messages import read_messages, read_prompt
+from autoglm.preprocess.sampling_params import SamplingParams
+from autoglm.serving.triton_server import error_response, read_parameters, string_row
 from autoglm.vision import pixel_limits
 
 

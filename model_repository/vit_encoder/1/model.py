@@ -12,11 +12,11 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.config import checkpoint_directory, load_config
 from autoglm.device import choose_device
 from autoglm.errors import ErrorCode, Exact, RequestError, invalid
-from autoglm.media import ImageFile
-from autoglm.metrics import VISION_CACHE, Publisher
-from autoglm.triton import error_response, log_to_triton
+from autoglm.media.image_file import ImageFile
+from autoglm.serving.metrics import VISION_CACHE, Publisher
+from autoglm.serving.triton_server import error_response, log_to_triton
 from autoglm.vision.encoder import VisionEncoder
-from autoglm.weight_cache import WeightCache
+from autoglm.weights.cache import WeightCache
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES")

@@ -12,8 +12,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
-from gateway.answer import Usage
-from gateway.page import HEADERS, STATIC
+from gateway.playground import HEADERS, STATIC
+from gateway.responses import Usage
 
 # In the gateway's own shape, so that the page cannot expect another.
 USAGE = Usage(

@@ -1,0 +1,138 @@
+"""The feature cache: two tiers, bounds in bytes, claims that are shared, failures that are not kept."""
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from autoglm.errors import RequestError
+from autoglm.media.feature_cache import FeatureCache
+
+CPU = torch.device("cpu")
+SIZE = 64  # bytes of one entry
+
+
+def features(value: int) -> torch.Tensor:
+    return torch.full((4, 8), value, dtype=torch.bfloat16)
+
+
+def fill(cache: FeatureCache, *values: int) -> None:
+    for value in values:
+        _, is_mine = cache.claim(str(value))
+        assert is_mine
+        cache.put(str(value), features(value))
+
+
+def known(cache: FeatureCache, value: int) -> bool:
+    """Whether the cache has it; a claim that was not answered is withdrawn."""
+    future, is_mine = cache.claim(str(value))
+    if is_mine:
+        cache.fail(str(value), RequestError("withdrawn"))
+        return False
+    assert torch.equal(future.result(0), features(value))
+    return True
+
+
+def test_hit_and_miss() -> None:
+    cache = FeatureCache(CPU, 10 * SIZE)
+    assert not known(cache, 1)
+    fill(cache, 1)
+    assert known(cache, 1)
+    assert not known(cache, 2)
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.entries, stats.bytes, stats.evictions) == (1, 3, 1, SIZE, 0)
+
+
+def test_the_longest_unused_goes_first() -> None:
+    cache = FeatureCache(CPU, 3 * SIZE)
+    fill(cache, 1, 2, 3)
+    assert known(cache, 1)
+    fill(cache, 4)
+    assert [known(cache, value) for value in (1, 2, 3, 4)] == [True, False, True, True]
+    assert (cache.stats.evictions, cache.stats.entries, cache.stats.bytes) == (1, 3, 3 * SIZE)
+
+
+def test_what_left_the_cache_stays_valid_for_its_holders() -> None:
+    cache = FeatureCache(CPU, SIZE)
+    fill(cache, 1)
+    held = cache.claim("1")[0].result()
+    fill(cache, 2, 3)
+    assert torch.equal(held, features(1))
+
+
+def test_the_host_takes_what_leaves_the_device() -> None:
+    cache = FeatureCache(CPU, 2 * SIZE, 2 * SIZE)
+    fill(cache, 1, 2, 3, 4)
+    assert (cache.stats.entries, cache.stats.bytes, cache.stats.host_bytes) == (4, 2 * SIZE, 2 * SIZE)
+    assert cache.stats.evictions == 0
+    assert known(cache, 1)  # comes back to the device, and 3 goes to the host
+    assert (cache.stats.entries, cache.stats.bytes, cache.stats.host_bytes) == (4, 2 * SIZE, 2 * SIZE)
+    fill(cache, 5)  # 4 goes to the host, whose longest unused is 2
+    assert cache.stats.evictions == 1
+    assert [known(cache, value) for value in (2, 5, 1, 4, 3)] == [False, True, True, True, True]
+
+
+def test_pinned_memory_is_counted_as_it_is_allocated() -> None:
+    cache = FeatureCache(CPU, 0, 1000)
+    cache.claim("odd")
+    cache.put("odd", torch.ones(33, dtype=torch.bfloat16))  # 66 bytes
+    assert cache.stats.host_bytes == 128
+    assert torch.equal(cache.claim("odd")[0].result(0), torch.ones(33, dtype=torch.bfloat16))
+
+
+def test_an_entry_that_cannot_fit_drives_out_nothing() -> None:
+    cache = FeatureCache(CPU, 2 * SIZE, SIZE)
+    fill(cache, 1, 2)
+    cache.claim("big")
+    cache.put("big", torch.zeros(1000))
+    assert known(cache, 1) and known(cache, 2)
+    assert (cache.stats.entries, cache.stats.evictions) == (2, 0)
+
+
+def test_switched_off_it_still_shares_what_is_being_encoded() -> None:
+    cache = FeatureCache(CPU, 0)
+    first, mine = cache.claim("1")
+    second, also_mine = cache.claim("1")
+    assert (mine, also_mine) == (True, False)
+    cache.put("1", features(1))
+    assert torch.equal(first.result(0), second.result(0))
+    assert not known(cache, 1)
+
+
+def test_a_failure_reaches_all_who_wait_and_is_not_kept() -> None:
+    cache = FeatureCache(CPU, 10 * SIZE)
+    shares = [cache.claim("1")[0] for _ in range(3)]
+    cache.fail("1", RequestError("broken"))
+    for share in shares:
+        with pytest.raises(RequestError, match="broken"):
+            share.result(0)
+    fill(cache, 1)
+    assert known(cache, 1)
+
+
+def test_threads_that_ask_at_once_encode_once() -> None:
+    cache = FeatureCache(CPU, 100 * SIZE, 100 * SIZE)
+    encoded: list[str] = []
+    barrier = threading.Barrier(8)
+    wrong: list[str] = []
+
+    def ask() -> None:
+        barrier.wait()
+        for value in range(50):
+            future: Future[torch.Tensor]
+            future, is_mine = cache.claim(str(value))
+            if is_mine:
+                encoded.append(str(value))
+                cache.put(str(value), features(value))
+            if not torch.equal(future.result(10), features(value)):
+                wrong.append(str(value))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(encoded, key=int) == [str(value) for value in range(50)]
+    assert not wrong
+    assert (cache.stats.hits, cache.stats.misses, cache.stats.entries) == (350, 50, 50)
