@@ -1,6 +1,6 @@
-# The server for GPU nodes. The base image brings the tritonserver, its Python 3.12 and CUDA 13 (driver 580 or later);
-# packages are installed by the same program as on bare metal, and the launcher starts the server with the same flags.
-# 26.04 is the first release whose readiness notices a dead model process and whose ensembles survive a full queue.
+# The server for GPU nodes. The base image contains the tritonserver, Python 3.12 and CUDA 13 (driver 580 or later).
+# As outside containers, autoglm_launcher installs the packages and starts the server.
+# 26.04 is the first release whose readiness detects a dead model process and whose ensembles survive a full queue.
 FROM nvcr.io/nvidia/tritonserver:26.04-py3
 
 # hadolint ignore=DL3008
@@ -9,11 +9,12 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/autoglm
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE ./
+COPY constraints ./constraints
 COPY client ./client
 COPY autoglm_launcher ./autoglm_launcher
 COPY autoglm/__init__.py ./autoglm/__init__.py
-# Before the rest is copied, so that a change of the code installs no packages again.
+# Before the rest is copied, so that a change to the code does not reinstall the packages.
 RUN PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1 python3 -m autoglm_launcher.venv --no-server gateway
 
 COPY autoglm ./autoglm
@@ -24,7 +25,7 @@ COPY autoglm-config.yaml ./
 COPY demo/samples ./demo/samples
 COPY demo/speech/samples ./demo/speech/samples
 
-# Kernels that are compiled at run time (with gcc, for what launches them), and quantised weights; a volume keeps them.
+# Caches that a volume persists: kernels compiled at run time (with gcc), and quantised weights.
 ENV XDG_CACHE_HOME=/var/cache/autoglm \
     AUTOGLM_CACHE=/var/cache/autoglm/weights \
     TRITON_CACHE_DIR=/var/cache/autoglm/triton \
@@ -32,7 +33,7 @@ ENV XDG_CACHE_HOME=/var/cache/autoglm \
     HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \
     AUTOGLM_CHECKPOINT=/checkpoint
-# The image's own unprivileged user, triton-server.
+# The base image's unprivileged user, triton-server.
 RUN install -d -o 1000 -g 1000 /var/cache/autoglm
 USER 1000:1000
 

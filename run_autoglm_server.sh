@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv what is missing and serves a checkpoint: ./run_autoglm_server.sh --help
+# Installs the requirements into .venv and serves a checkpoint. Options: ./run_autoglm_server.sh --help
 set -euo pipefail
 export AUTOGLM_CALLED_FROM=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"

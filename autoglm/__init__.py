@@ -1,3 +1,1 @@
-"""AutoGLM-Phone on Triton: everything that computes, importable without Triton."""
-
-__version__ = "0.1.0"
+"""AutoGLM-Phone on Triton Inference Server. Everything outside `autoglm.serving` runs without Triton."""

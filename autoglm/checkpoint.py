@@ -1,8 +1,8 @@
-"""Reading a Hugging Face directory of `Glm4vForConditionalGeneration`.
+"""Reads the configuration of a Hugging Face checkpoint of `Glm4vForConditionalGeneration`.
 
-Everything that differs between checkpoints of this family (sizes, ids, rope, limits, template, defaults) is taken
-from the directory's own files. Older files (GLM-4.1V) and newer ones (transformers 5) name some of it differently;
-both are read here and nowhere else.
+Everything that differs between checkpoints of this family (sizes, token ids, RoPE, limits, template, defaults) comes
+from their own files. Older files (GLM-4.1V) and newer ones (transformers 5) use different keys; only this module reads
+both layouts.
 """
 
 import json
@@ -12,18 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# CLIP's, which the whole family normalises with.
+from autoglm.errors import shorten
+
+# CLIP's statistics, which the whole family normalises images with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class CheckpointError(ValueError):
-    """The directory is not a checkpoint that this server can run; the message names the file and the key."""
+    """The directory is not a checkpoint that this server can run. The message names the file and the key."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Shape of the language model. `rotary_dim` is the part of `head_dim` that is rotated."""
+    """Shape of the language model. The first `rotary_dim` of the `head_dim` dimensions are rotated."""
 
     vocab_size: int
     hidden_size: int
@@ -43,9 +45,9 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Shape of the ViT. The blocks' MLP is `out_hidden_size` wide, the merger's `intermediate_size`."""
+    """Shape of the ViT. `out_hidden_size` is also the width of the blocks' MLP, `intermediate_size` the merger's."""
 
     depth: int
     hidden_size: int
@@ -66,9 +68,9 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """How images are resized and normalised. The pixel limits count frames too: 2 * height * width."""
+    """How images are resized and normalised. The pixel limits count both frames of an image: 2 * height * width."""
 
     min_pixels: int
     max_pixels: int
@@ -83,18 +85,19 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class BitsandbytesInt8:
-    """The checkpoint's linear layers are bitsandbytes' INT8, but for the modules whose names end in one of `skipped`.
+    """The checkpoint's linear layers are in bitsandbytes' INT8 format.
 
-    threshold: from which magnitude bitsandbytes computes inputs in float; 0 for none.
+    skipped: suffixes of the names of modules that stay in float.
+    threshold: magnitude from which bitsandbytes computes input channels in float; 0 for never.
     """
 
     skipped: tuple[str, ...]
     threshold: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint directory; `open` reads its JSON files. Its tensors are the business of `autoglm.weights.reader`."""
+    """The configuration of a checkpoint directory. `autoglm.weights.reader` reads its tensors."""
 
     path: Path
     text: TextConfig
@@ -110,8 +113,8 @@ class Checkpoint:
 
     @property
     def audio_token_id(self) -> int:
-        """What stands for sound in a prompt: the last id of the vocabulary, which is padded beyond the tokenizer's
-        own ids (who uses it checks that)."""
+        """The placeholder of audio in prompts: the last id of the vocabulary, which is padded beyond the tokenizer's
+        ids. `ChatRenderer` checks that the tokenizer does not use it."""
         return self.text.vocab_size - 1
 
     @classmethod
@@ -119,13 +122,12 @@ class Checkpoint:
         """Read the configuration of a checkpoint directory.
 
         Raises:
-            CheckpointError: a file or key is missing, or the model is of another kind.
+            CheckpointError: a file or key is missing, or the model has another architecture.
         """
         path = Path(directory)
         config = read_json(path / "config.json")
-        kind = config.get("model_type")
-        if kind != "glm4v":
-            raise CheckpointError(f"{path}/config.json: model_type is {kind!r}, supported is 'glm4v'")
+        if (kind := config.get("model_type")) != "glm4v":
+            raise CheckpointError(f"{path}/config.json: model_type must be glm4v (got {shorten(kind)})")
         defaults = read_json(path / "generation_config.json", required=False)
         return cls(
             path=path,
@@ -143,20 +145,20 @@ class Checkpoint:
 
     @cached_property
     def shards(self) -> tuple[Path, ...]:
-        """The safetensors files, in order."""
+        """The safetensors files, sorted by name."""
         index = self.path / "model.safetensors.index.json"
         names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
-            raise CheckpointError(f"{self.path}: missing weight files {', '.join(missing[:3])}")
+            raise CheckpointError(f"{self.path}: weight files are missing: {', '.join(missing[:3])}")
         return tuple(self.path / name for name in names)
 
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """The JSON object that a file holds; empty where there is no file and none is required.
+    """Read a JSON object; empty if the file is missing and not required.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     if not path.is_file():
         if required:
@@ -165,11 +167,11 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+        raise CheckpointError(f"{path} must be a JSON object")
     return content
 
 
@@ -186,15 +188,15 @@ def _text_config(config: dict[str, Any]) -> TextConfig:
     rope |= text.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise CheckpointError(f"config.json: rope type {kind!r} is not supported, only 'default'")
+        raise CheckpointError(f"config.json: rope_type must be default or mrope (got {shorten(kind)})")
     heads = _require(text, "num_attention_heads")
     head_dim = _require(text, "hidden_size") // heads
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     section = tuple(rope.get("mrope_section", (8, 12, 12)))
     if len(section) != 3 or sum(section) * 2 != rotary_dim:
         raise CheckpointError(
-            f"config.json: mrope_section {list(section)} must be three numbers that sum to {rotary_dim // 2}, "
-            f"half of the {rotary_dim} rotated dimensions"
+            f"config.json: mrope_section must be three numbers whose sum is {rotary_dim // 2}, "
+            f"half of the {rotary_dim} rotated dimensions (got {list(section)})"
         )
     return TextConfig(
         vocab_size=_require(text, "vocab_size"),
@@ -224,13 +226,13 @@ def _vision_config(vision: dict[str, Any]) -> VisionConfig:
 
 
 def _eos_ids(config: dict[str, Any], defaults: dict[str, Any]) -> tuple[int, ...]:
-    """Every id that ends a turn: generation_config.json names them, config.json may name more."""
+    """The ids of all tokens that end a turn, from generation_config.json and config.json together."""
     found: list[int] = []
     for source in (defaults, config, config.get("text_config") or {}):
         value = source.get("eos_token_id")
         found += value if isinstance(value, list) else [] if value is None else [value]
     if not found:
-        raise CheckpointError("neither generation_config.json nor config.json names an eos_token_id")
+        raise CheckpointError("eos_token_id is missing from both generation_config.json and config.json")
     return tuple(dict.fromkeys(found))
 
 
@@ -240,7 +242,7 @@ def _image_limits(path: Path) -> ImageLimits:
         processor = read_json(path / "processor_config.json").get("image_processor", {})
     size = processor.get("size") or {}
     if "shortest_edge" not in size or "longest_edge" not in size:
-        raise CheckpointError(f"{path}: the image processor's size needs shortest_edge and longest_edge, has {size}")
+        raise CheckpointError(f"{path}: size.shortest_edge or size.longest_edge of the image processor is missing")
     mean = processor.get("image_mean", CLIP_MEAN)
     std = processor.get("image_std", CLIP_STD)
     return ImageLimits(
@@ -260,8 +262,8 @@ def _quantization(config: Mapping[str, Any] | None) -> BitsandbytesInt8 | None:
     if not config:
         return None
     if not config.get("load_in_8bit"):
-        kind = config.get("quant_method", "unnamed")
-        raise CheckpointError(f"config.json: quantization_config is {kind!r}, supported is bitsandbytes' load_in_8bit")
+        got = shorten(config.get("quant_method", "unnamed"))
+        raise CheckpointError(f"config.json: quantization_config must be bitsandbytes with load_in_8bit (got {got})")
     skipped = config.get("llm_int8_skip_modules") or ()
     return BitsandbytesInt8(tuple(skipped), float(config.get("llm_int8_threshold", 6.0)))
 
@@ -272,5 +274,5 @@ def _chat_template(path: Path) -> str:
         return file.read_text(encoding="utf-8")
     template = read_json(path / "tokenizer_config.json", required=False).get("chat_template")
     if not isinstance(template, str):
-        raise CheckpointError(f"{path}: neither chat_template.jinja nor tokenizer_config.json holds a chat template")
+        raise CheckpointError(f"{path}: the chat template is missing (chat_template.jinja or tokenizer_config.json)")
     return template

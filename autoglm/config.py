@@ -1,235 +1,241 @@
-"""The server's configuration: one YAML file, read once, checked whole.
+"""The server's configuration: one YAML file, read once and checked as a whole.
 
-`AUTOGLM_CONFIG` names the file, `AUTOGLM_PRESET` a second one whose few lines replace those of the first,
-`AUTOGLM_OVERRIDES` is a third, as text, for single values; `AUTOGLM_CHECKPOINT` names the checkpoint directory,
-`AUTOGLM_SPEECH` and `AUTOGLM_BRIDGE` those of the speech encoder and of its projector, where there are any.
-A key that is unknown or of a wrong type is refused by its full name.
+`AUTOGLM_CONFIG` names the file, `AUTOGLM_PRESET` a second one whose values override it, and `AUTOGLM_OVERRIDES` holds
+further overrides as YAML text. `AUTOGLM_CHECKPOINT`, `AUTOGLM_SPEECH` and `AUTOGLM_BRIDGE` name the directories of the
+checkpoint, the speech encoder and its projector. An unknown key or a wrong value is rejected by its full name.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import yaml
 
+from autoglm.errors import shorten
+
+SparseMode: TypeAlias = Literal["off", "topk", "pages", "prune"]
+AudioMode: TypeAlias = Literal["transcript", "bridge"]
+
+TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the file, the key, what stands there and what may."""
+    """The configuration cannot be used; the message names the source, the key, the accepted values and the value."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included. A plain `int` is at least 1."""
+    """The accepted numbers, both ends included. A plain `int` must be at least 1."""
 
     lowest: float
     highest: float = math.inf
 
     def __str__(self) -> str:
-        return f"at least {self.lowest}" if self.highest == math.inf else f"from {self.lowest} to {self.highest}"
+        return f"at least {self.lowest}" if self.highest == math.inf else f"between {self.lowest} and {self.highest}"
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A field of a section. `doc` describes it in docs/configuration.md, which reads it from the field's metadata."""
+    return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`auto` takes the first GPU and bfloat16 where there is one, else the CPU and float32."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto is the first GPU if there is one, else the CPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "auto is bfloat16 on a GPU, else float32"
+    )
 
 
 @dataclass(frozen=True)
 class LayerQuantization:
-    """Asymmetric weights have an offset beside each scale; a group is so many inputs, 0 the whole row."""
-
-    symmetric: bool = True
-    group_size: Literal[0, 128] = 0
+    symmetric: bool = setting(True, "false adds an offset to each scale")
+    group_size: Literal[0, 128] = setting(0, "Inputs that share a scale; 0 is one scale per output channel")
 
 
 @dataclass(frozen=True)
 class LayerSpecific:
-    attention: LayerQuantization = field(default_factory=LayerQuantization)
-    ffn: LayerQuantization = field(default_factory=LayerQuantization)
+    attention: LayerQuantization = setting(LayerQuantization(), "Projections of the attention")
+    ffn: LayerQuantization = setting(LayerQuantization(), "Projections of the feed-forward network")
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Runs the unquantised model over `samples` lines of `dataset` once, before the weights are quantised.
+    dataset: str = setting(
+        "", 'JSON lines, {"text": ...} or {"messages": [...]} with images as file paths; empty: no calibration'
+    )
+    samples: int = setting(128, "Lines of the dataset to run through the unquantised model")
+    method: Literal["minmax"] = setting("minmax", "Always minmax, the largest magnitude of each channel")
+    smoothing: Annotated[float, Range(0, 1)] = setting(
+        0.0, "SmoothQuant's alpha (Xiao et al. 2022); 0 is off, 0.5 moves activation outliers into the weights"
+    )
 
-    smoothing: SmoothQuant's alpha (Xiao et al. 2022), 0 leaves the weights as they are.
-    """
 
-    dataset: str = ""
-    samples: int = 128
-    method: Literal["minmax"] = "minmax"
-    smoothing: Annotated[float, Range(0, 1)] = 0.0
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How the language model's linear layers are stored. `auto` quantises on a GPU."""
-
-    enabled: Literal["auto", True, False] = "auto"
-    dtype: Literal["int8"] = "int8"
-    scheme: Literal["dynamic"] = "dynamic"
-    per_channel: Literal[True] = True
-    backend: Literal["native", "bitsandbytes"] = "native"
-    head: bool = True
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    layer_specific: LayerSpecific = field(default_factory=LayerSpecific)
+    enabled: Literal["auto", True, False] = setting("auto", "auto quantises on a GPU")
+    dtype: Literal["int8"] = setting("int8", "Always int8")
+    scheme: Literal["dynamic"] = setting("dynamic", "Always dynamic: the scales of activations are computed per token")
+    per_channel: Literal[True] = setting(True, "Always true: each output channel of a weight has its own scale")
+    backend: Literal["native", "bitsandbytes"] = setting("native", "bitsandbytes is slow, for comparison only")
+    head: bool = setting(True, "Quantise the output head (lm_head) too")
+    calibration: CalibrationConfig = setting(CalibrationConfig(), "Run once, before the weights are quantised")
+    layer_specific: LayerSpecific = setting(LayerSpecific(), "Weight formats by kind of layer")
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The language model's memory on its GPU; `limit_mb` replaces `fraction` where it is not 0."""
-
-    fraction: Annotated[float, Range(0.05, 1)] = 0.85
-    limit_mb: Annotated[int, Range(0)] = 0
-    embedding: Literal["device", "host"] = "device"
+    fraction: Annotated[float, Range(0.05, 1)] = setting(
+        0.85, "Share of the GPU's memory; the rest is for the vision encoder and the CUDA contexts"
+    )
+    limit_mb: Annotated[int, Range(0)] = setting(0, "MiB to use instead of fraction; 0: use fraction")
+    embedding: Literal["device", "host"] = setting(
+        "device", "host keeps the embedding table in pinned host memory, which saves 1.2 GB on the GPU"
+    )
 
 
 @dataclass(frozen=True)
 class WeightCacheConfig:
-    """An empty `directory` is the one that `AUTOGLM_CACHE` names, else ~/.cache/autoglm/weights."""
-
-    enabled: bool = True
-    max_gb: int = 64
-    directory: str = ""
+    enabled: bool = setting(True, "Write quantised weights to disk once and read them at later starts")
+    max_gb: int = setting(64, "Size on disk; the least recently used entries are removed first")
+    directory: str = setting("", "Empty: the directory in AUTOGLM_CACHE, else ~/.cache/autoglm/weights")
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """`string` puts a turn's images before its text, parted by a newline; `list` leaves all to the template."""
-
-    content_format: Literal["string", "list"] = "string"
+    content_format: Literal["string", "list"] = setting(
+        "string",
+        "string puts a turn's images first, then a newline and its text; list leaves the order to the template",
+    )
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What one request may bring; `max_pixels` and `min_pixels` are what images are resized to, see
-    `autoglm.vision.pixel_limits`, and 0 takes the checkpoint's."""
+    max_images: int = setting(10, "Images per request")
+    max_image_bytes: int = setting(32 * 2**20, "Bytes per encoded image")
+    max_image_pixels: int = setting(64 * 2**20, "Width x height of an image, read from its header before it is decoded")
+    max_pixels: Annotated[int, Range(0)] = setting(
+        0, "Largest image after resizing, as 2 x height x width; 0: the checkpoint's value. A request may lower it"
+    )
+    min_pixels: Annotated[int, Range(0)] = setting(
+        0, "Smallest image after resizing, as 2 x height x width; 0: the checkpoint's value. A request may change it"
+    )
 
-    max_images: int = 10
-    max_image_bytes: int = 32 * 2**20
-    max_image_pixels: int = 64 * 2**20
-    max_pixels: Annotated[int, Range(0)] = 0
-    min_pixels: Annotated[int, Range(0)] = 0
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionSection:
-    """`max_patches_per_pass` bounds the patches that one pass of the encoder takes; a larger image goes alone.
+    loading: Literal["lazy", "preload"] = setting("preload", "lazy loads the weights when the first image arrives")
+    warm_up: tuple[tuple[int, int], ...] = setting(
+        ((1080, 2400), (1080, 1920)), "[width, height] of images whose passes become CUDA graphs when the weights load"
+    )
+    decode_threads: int = setting(4, "Threads that decode and resize images")
+    max_patches_per_pass: int = setting(
+        16384, "Patches per pass of the encoder; a larger image gets its own pass. A 1080x2400 screenshot has 13416"
+    )
+    int8: bool = setting(False, "Compute the linear layers of the encoder's blocks in INT8")
+    feature_cache_mb: Annotated[int, Range(0)] = setting(
+        512, "MiB on the device for embeddings of recent images; a 1080x2400 screenshot takes 26; 0: none"
+    )
+    feature_cache_host_mb: Annotated[int, Range(0)] = setting(
+        0, "MiB of pinned host memory for embeddings evicted from the device"
+    )
 
-    `warm_up` are sizes (width, height). The feature cache has a tier on the device and one in pinned host memory.
-    """
 
-    loading: Literal["lazy", "preload"] = "preload"
-    warm_up: tuple[tuple[int, int], ...] = ((1080, 2400), (1080, 1920))
-    decode_threads: int = 4
-    max_patches_per_pass: int = 16384
-    int8: bool = False
-    feature_cache_mb: Annotated[int, Range(0)] = 512
-    feature_cache_host_mb: Annotated[int, Range(0)] = 0
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AudioSection:
-    """Speech; see `autoglm.audio.speech` for the modes. Limits are those of one request and one file.
-
-    `max_seconds_per_pass` bounds what one pass of the encoder takes, padding included; a longer clip goes alone.
-    `warm_up` are lengths in seconds.
-    """
-
-    mode: Literal["transcript", "bridge"] = "transcript"
-    loading: Literal["lazy", "preload"] = "preload"
-    warm_up: tuple[int, ...] = (2, 5, 10)
-    decode_threads: int = 4
-    max_seconds_per_pass: int = 160
-    feature_cache_mb: Annotated[int, Range(0)] = 64
-    max_audio_files: int = 10
-    max_audio_seconds: int = 60
-    max_audio_bytes: int = 32 * 2**20
+    mode: AudioMode = setting("transcript", "transcript turns a clip into text, bridge into embeddings; see audio_mode")
+    loading: Literal["lazy", "preload"] = setting("preload", "lazy loads the weights when the first clip arrives")
+    warm_up: tuple[int, ...] = setting((2, 5, 10), "Seconds of the clips encoded on a GPU after preloading")
+    decode_threads: int = setting(4, "Threads that decode and resample clips")
+    max_seconds_per_pass: int = setting(
+        160, "Seconds per pass of the encoder, padding included; a longer clip gets its own pass"
+    )
+    feature_cache_mb: Annotated[int, Range(0)] = setting(
+        64, "MiB for embeddings and transcripts of recent clips; 10 s take 0.8 as embeddings; 0: none"
+    )
+    max_audio_files: int = setting(10, "Clips per request")
+    max_audio_seconds: int = setting(60, "Seconds per clip, read from its header before it is decoded")
+    max_audio_bytes: int = setting(32 * 2**20, "Bytes per encoded clip")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Sizes of the language model's engine. Tokens are counted after images are expanded.
-
-    `kv_cache_mb` 0 takes what `MemoryConfig` leaves beside weights and a measured forward pass.
-    """
-
-    max_batch_size: int = 64
-    max_tokens_per_step: int = 8192
-    max_tokens_per_mixed_step: int = 1024
-    max_queue_size: int = 256
-    max_context: int = 32768
-    default_max_tokens: int = 1024
-    block_size: int = 16
-    kv_cache_mb: Annotated[int, Range(0)] = 0
-    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = "auto"
-    prefix_cache: bool = True
+    max_batch_size: int = setting(64, "Sequences that run at once")
+    max_tokens_per_step: int = setting(8192, "Tokens per forward pass; longer prompts are prefilled in chunks")
+    max_tokens_per_mixed_step: int = setting(
+        1024, "Tokens per forward pass while sequences decode; bounds how long a chunk delays their next tokens"
+    )
+    max_queue_size: int = setting(256, "Waiting requests; further ones are rejected as UNAVAILABLE")
+    max_context: int = setting(32768, "Tokens of prompt and answer together, at most the checkpoint's own limit")
+    default_max_tokens: int = setting(1024, "max_tokens of requests that do not set it")
+    block_size: int = setting(16, "Tokens per block of the KV cache")
+    kv_cache_mb: Annotated[int, Range(0)] = setting(
+        0, "MiB for the KV cache; 0: the rest of the memory section's budget (4096 on the CPU)"
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32", "float8", "int8"] = setting(
+        "auto", "auto is the model's dtype"
+    )
+    prefix_cache: bool = setting(True, "Reuse the blocks of earlier prompts with the same prefix")
 
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """How text looks at images; see `autoglm.llm.sparse.policy`. Requests may ask for another mode and ratio.
-
-    ratio: of the visual keys, what is kept. min_batch: `pages` acts in passes of so many decoding sequences at least.
-    dense_layers: first layers of `topk` and `pages` that see everything.
-    """
-
-    mode: Literal["off", "topk", "pages", "snap", "prune"] = "off"
-    ratio: Annotated[float, Range(0.01, 1)] = 0.3
-    min_batch: int = 16
-    dense_layers: Annotated[int, Range(0)] = 2
+    mode: SparseMode = setting(
+        "off", "topk (exact but slow), pages (whole blocks, while decoding) or prune (fewer image tokens in the prompt)"
+    )
+    ratio: Annotated[float, Range(0.01, 1)] = setting(0.3, "Share of the visual keys to keep")
+    min_batch: int = setting(16, "pages: smallest number of decoding sequences in a pass that selects blocks")
+    dense_layers: Annotated[int, Range(0)] = setting(2, "topk, pages: first layers that attend to all keys")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GatewayConfig:
-    """The OpenAI-compatible front; see `gateway.fetch` for where images may come from.
-
-    `max_requests` are answered at once; an answer proves for `ready_within_s` that the server works.
-    """
-
-    model_name: str = "autoglm-phone-9b"
-    max_body_mb: int = 64
-    max_requests: int = 256
-    timeout_s: int = 600
-    ready_within_s: int = 15
-    image_hosts: tuple[str, ...] = ()
-    image_folder: str = ""
+    model_name: str = setting("autoglm-phone-9b", "The model's name in requests")
+    max_body_mb: int = setting(64, "MiB of a request's body, images in base64 included; beyond it: HTTP 413")
+    max_requests: int = setting(256, "Requests answered at once; beyond it: HTTP 429")
+    timeout_s: int = setting(600, "Seconds for one answer; a request may set less")
+    ready_within_s: int = setting(15, "Seconds for which an answer proves readiness; after them /ready sends a probe")
+    image_hosts: tuple[str, ...] = setting(
+        (), "Hosts that image URLs may be fetched from; .example.com allows its subdomains. Never private addresses"
+    )
+    image_folder: str = setting("", "Folder that file:// URLs may name images in; empty: none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    weight_cache: WeightCacheConfig = field(default_factory=WeightCacheConfig)
-    chat: ChatConfig = field(default_factory=ChatConfig)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    vision: VisionSection = field(default_factory=VisionSection)
-    audio: AudioSection = field(default_factory=AudioSection)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    sparse_attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
-    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    model: ModelConfig = setting(ModelConfig(), "Where and how all models compute")
+    quantization: QuantizationConfig = setting(QuantizationConfig(), "The language model's linear layers in INT8")
+    memory: MemoryConfig = setting(MemoryConfig(), "The language model's memory on its GPU")
+    weight_cache: WeightCacheConfig = setting(WeightCacheConfig(), "Quantised weights on disk")
+    chat: ChatConfig = setting(ChatConfig(), "How chats are rendered")
+    limits: LimitsConfig = setting(LimitsConfig(), "Limits of a request's images")
+    vision: VisionSection = setting(VisionSection(), "The vision encoder")
+    audio: AudioSection = setting(AudioSection(), "The speech encoder, for servers that have one")
+    engine: EngineConfig = setting(EngineConfig(), "Scheduler and KV cache of the language model")
+    sparse_attention: SparseAttentionConfig = setting(
+        SparseAttentionConfig(), "Text attends to a share of the visual keys; a request may set its own mode and ratio"
+    )
+    gateway: GatewayConfig = setting(GatewayConfig(), "The OpenAI-compatible gateway and its playground")
 
 
 def load_config(
     path: str | Path | None = None, preset: str | Path | None = None, overrides: str | None = None
 ) -> Config:
-    """Read the configuration; without arguments from what the environment names, or all defaults.
+    """Read the configuration. Arguments that are not given default to the environment's, keys to their defaults.
 
     Raises:
-        ConfigError: a file is missing or not YAML, or a key or value is not allowed.
+        ConfigError: a file is missing or is not YAML, or a key or value is not accepted.
     """
     merged: dict[str, Any] = {}
     for file in (path or os.environ.get("AUTOGLM_CONFIG"), preset or os.environ.get("AUTOGLM_PRESET")):
         if file:
             merged = _merge(merged, _parse(_read(Path(file)), str(file)))
     merged = _merge(merged, _parse(overrides or os.environ.get("AUTOGLM_OVERRIDES", ""), "AUTOGLM_OVERRIDES"))
-    config: Config = _build(Config, merged, "configuration")
+    config: Config = _build(Config, merged)
     return config
 
 
@@ -237,7 +243,7 @@ def checkpoint_directory() -> Path:
     """The directory that `AUTOGLM_CHECKPOINT` names."""
     directory = os.environ.get("AUTOGLM_CHECKPOINT")
     if not directory:
-        raise ConfigError("AUTOGLM_CHECKPOINT is not set: it names the checkpoint's directory")
+        raise ConfigError("AUTOGLM_CHECKPOINT is not set; it names the checkpoint's directory")
     return Path(directory)
 
 
@@ -251,79 +257,90 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} must be UTF-8 text") from None
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
-    """The sections that a text holds, each checked, so that a refusal names its source."""
+    """Parse and check the sections of one source, so that errors can name it."""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source} is not valid YAML{where}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{source} holds a {type(content).__name__}, expected sections")
-    _build(Config, content, source)
+        raise ConfigError(f"{source} must be a mapping of sections (got {shorten(content)})")
+    try:
+        _build(Config, content)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     return content
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` replaces values of `base`, sections within sections too; an empty section replaces nothing."""
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace values of `base`, in nested sections too; an empty section replaces nothing."""
     merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            merged[key] = _merge(below, value)
-        elif value is not None or below is None:
+    for key, value in override.items():
+        current = merged.get(key)
+        if isinstance(value, dict) and isinstance(current, dict):
+            merged[key] = _merge(current, value)
+        elif value is not None or current is None:
             merged[key] = value
     return merged
 
 
-def _build(kind: type[Any], values: Mapping[str, Any], name: str) -> Any:
+def _build(kind: type[Any], values: Mapping[str, Any], section: str = "") -> Any:
+    """A section from its YAML values."""
     hints = get_type_hints(kind, include_extras=True)
-    known = [f.name for f in fields(kind)]
-    made: dict[str, Any] = {}
+    known = [each.name for each in fields(kind)]
+    checked: dict[str, Any] = {}
     for key, value in values.items():
-        where = f"{name}: {key}" if ": " not in name else f"{name}.{key}"
+        path = f"{section}.{key}" if section else str(key)
         if key not in known:
-            raise ConfigError(f"{where} is unknown, allowed are {', '.join(known)}")
+            raise ConfigError(f"{path} is not a known key (accepted: {', '.join(known)})")
         hint = hints[key]
-        if is_dataclass(hint):
-            if not isinstance(value or {}, dict):
-                raise ConfigError(f"{where} is {value!r}, expected a section")
-            made[key] = _build(hint, value or {}, where)  # type: ignore[arg-type]
+        if not is_dataclass(hint):
+            checked[key] = _check(hint, value, path)
+        elif value is None or isinstance(value, dict):
+            checked[key] = _build(hint, value or {}, path)  # type: ignore[arg-type]
         else:
-            made[key] = _check(hint, value, where)
-    return kind(**made)
+            raise _invalid(path, value, "a section")
+    return kind(**checked)
 
 
-def _check(hint: Any, value: Any, where: str) -> Any:
+def _check(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Literal:
-        if value is False and "off" in get_args(hint):
-            return "off"  # which is YAML's word for false too
-        # 1 equals True in Python, not in a configuration.
-        if not any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint)):
-            raise ConfigError(f"{where} is {value!r}, allowed are {', '.join(map(str, get_args(hint)))}")
+        choices = get_args(hint)
+        if value is False and "off" in choices:
+            return "off"  # YAML parses a bare `off` as false
+        # Types are compared because 1 equals True.
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            names = ", ".join(json.dumps(each) if isinstance(each, bool) else str(each) for each in choices)
+            raise _invalid(path, value, names if len(choices) == 1 else f"one of {names}")
         return value
     if get_origin(hint) is tuple:
-        return _check_list(get_args(hint), value, where)
-    kind, allowed = get_args(hint) if get_origin(hint) is Annotated else (hint, Range(1))
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{where} is {value!r}, expected a value of type {kind.__name__}")
-    if kind in (int, float) and not allowed.lowest <= value <= allowed.highest:
-        raise ConfigError(f"{where} is {value}, it must be {allowed}")
-    return value
+        return _check_list(get_args(hint), value, path)
+    kind, accepted = get_args(hint) if get_origin(hint) is Annotated else (hint, Range(1))
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise _invalid(path, value, TYPE_NAMES[kind])
+    if kind in (int, float) and not accepted.lowest <= value <= accepted.highest:
+        raise _invalid(path, value, accepted)
+    return kind(value)
 
 
-def _check_list(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    """A list as a tuple; its elements' hints are those of a tuple, (X, ...) for any number of X."""
+def _check_list(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    """A list as a tuple. `hints` are those of a tuple's elements: (X, ...) for any number of X."""
     if hints[-1] is ... and isinstance(value, list):
         hints = hints[:1] * len(value)
     if not isinstance(value, list) or len(value) != len(hints):
-        number = "a" if hints and hints[-1] is ... else f"a {len(hints)}-element"
-        raise ConfigError(f"{where} is {value!r}, expected {number} list")
+        raise _invalid(path, value, "a list" if ... in hints else f"a list of {len(hints)} elements")
     pairs = enumerate(zip(hints, value, strict=True))
-    return tuple(_check(hint, element, f"{where}[{i}]") for i, (hint, element) in pairs)
+    return tuple(_check(hint, element, f"{path}[{i}]") for i, (hint, element) in pairs)
+
+
+def _invalid(path: str, value: Any, accepted: object) -> ConfigError:
+    return ConfigError(f"{path} must be {accepted} (got {shorten(value)})")

@@ -1,7 +1,8 @@
-"""Where a process computes and in which dtype: decided once, at start, here."""
+"""The device and dtype a process computes with, and the facts about the device: asked once, at start-up, here."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
@@ -14,14 +15,32 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The facts that kernels are tuned by. On the CPU, for Triton's interpreter, they are those of a small GPU."""
+
+    name: str
+    num_sms: int
+    capability: tuple[int, int]
+
+
+@lru_cache
+def device_info(device: torch.device) -> DeviceInfo:
+    """The facts about a device."""
+    if device.type != "cuda":
+        return DeviceInfo("the CPU", 16, (0, 0))
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceInfo(properties.name, properties.multi_processor_count, (properties.major, properties.minor))
+
+
 def choose_device(config: ModelConfig, index: int = 0) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that the configuration asks for; `auto` is the best that is there.
+    """The configured device and dtype; `auto` takes a GPU where there is one.
 
     Args:
-        index: which of the visible GPUs, where one is used.
+        index: which of the visible GPUs.
 
     Raises:
-        ConfigError: `cuda` is asked for and there is no such GPU.
+        ConfigError: `cuda` is configured and there is no such GPU.
     """
     available = torch.cuda.device_count()
     if config.device == "cuda" and index >= available:
@@ -34,15 +53,14 @@ def choose_device(config: ModelConfig, index: int = 0) -> tuple[torch.device, to
     dtype: torch.dtype = getattr(torch, name)
     if on_gpu:
         torch.cuda.set_device(device)
-    log.info("computing on %s in %s", torch.cuda.get_device_name(device) if on_gpu else "the CPU", name)
+    log.info("computing in %s on %s", name, device_info(device))
     return device, dtype
 
 
-def beside(device: torch.device, compute: Callable[[], T]) -> T:
-    """What `compute` returns, once it is there.
+def run_on_side_stream(device: torch.device, compute: Callable[[], T]) -> T:
+    """Run `compute` and wait for its result; on a GPU in a stream of its own, ahead of work queued in other streams.
 
-    On a GPU it is computed in a stream of its own, ahead of what waits in others; what it reads must be there already.
-    Who uses a tensor of the result in another stream has to say so (`record_stream`).
+    Its inputs must be complete. Call `record_stream()` before using a tensor of the result on another stream.
     """
     if device.type != "cuda":
         return compute()
@@ -55,5 +73,5 @@ def beside(device: torch.device, compute: Callable[[], T]) -> T:
 
 @lru_cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: each stream has memory of its own."""
+    """One for all callers: each stream has memory of its own."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

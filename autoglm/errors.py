@@ -1,57 +1,48 @@
-"""The one exception for faults of a single request, and the one place that maps its codes to Triton and HTTP."""
+"""Errors of a single request, and the one mapping of their codes to Triton and HTTP."""
 
-from __future__ import annotations
-
+import json
 from enum import Enum
+from itertools import islice
 from typing import Any
 
-MAX_SHOWN = 80
+MAX_SHOWN = 80  # characters of a request's value in a message
+# YAML's dates are not JSON, its keys need not be strings, and its aliases can be circular.
+_JSON = json.JSONEncoder(skipkeys=True, ensure_ascii=False, check_circular=False, default=str)
 
 
 class ErrorCode(str, Enum):
-    """What went wrong with a request. The values are the names of the gRPC status codes."""
+    """The kind of error. The values are gRPC's names of its status codes."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     UNAVAILABLE = "UNAVAILABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     CANCELLED = "CANCELLED"
-    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     INTERNAL = "INTERNAL"
 
     @property
     def http_status(self) -> int:
-        return _HTTP_STATUS[self]
+        return _CODES[self][0]
 
     @property
     def triton_name(self) -> str:
-        """The attribute of `pb_utils.TritonError` that holds Triton's code."""
-        return _TRITON_NAME[self]
+        """The attribute of Triton's error class that holds its code."""
+        return _CODES[self][1]
 
 
-_HTTP_STATUS = {
-    ErrorCode.INVALID_ARGUMENT: 400,
-    ErrorCode.UNAVAILABLE: 503,
-    ErrorCode.DEADLINE_EXCEEDED: 504,
-    ErrorCode.CANCELLED: 499,
-    ErrorCode.RESOURCE_EXHAUSTED: 429,
-    ErrorCode.INTERNAL: 500,
-}
-
-# Triton has no code for a deadline or for exhausted resources: both are UNAVAILABLE there, which callers may retry.
-_TRITON_NAME = {
-    ErrorCode.INVALID_ARGUMENT: "INVALID_ARG",
-    ErrorCode.UNAVAILABLE: "UNAVAILABLE",
-    ErrorCode.DEADLINE_EXCEEDED: "UNAVAILABLE",
-    ErrorCode.CANCELLED: "CANCELLED",
-    ErrorCode.RESOURCE_EXHAUSTED: "UNAVAILABLE",
-    ErrorCode.INTERNAL: "INTERNAL",
+# Triton has no code for a deadline: it becomes UNAVAILABLE, which callers may retry.
+_CODES = {
+    ErrorCode.INVALID_ARGUMENT: (400, "INVALID_ARG"),
+    ErrorCode.UNAVAILABLE: (503, "UNAVAILABLE"),
+    ErrorCode.DEADLINE_EXCEEDED: (504, "UNAVAILABLE"),
+    ErrorCode.CANCELLED: (499, "CANCELLED"),
+    ErrorCode.INTERNAL: (500, "INTERNAL"),
 }
 
 
 class RequestError(ValueError):
-    """A fault of one request: it is answered to that request's sender and concerns no other request.
+    """An error of one request. It is returned to that request's caller and affects no other request.
 
-    `message` names the field, what came and what is allowed; `code` says which kind of fault it is.
+    `message` is one sentence that names the field, what is accepted and the value received.
     """
 
     def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_ARGUMENT) -> None:
@@ -60,23 +51,31 @@ class RequestError(ValueError):
         self.code = code
 
 
+class Verbatim(str):
+    """A description of a value in our own words, shown in messages without quotes."""
+
+
+def printable(text: str, limit: int = MAX_SHOWN) -> str:
+    """The first `limit` characters of `text`, those that cannot be printed on one line escaped as in JSON."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text[:limit])
+
+
 def shorten(value: Any, limit: int = MAX_SHOWN) -> str:
-    """`value` as it is shown in a message: on one line, at most `limit` characters, bytes as their length."""
+    """`value` in at most `limit` characters: text in single quotes, bytes as their length, anything else as JSON."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{len(value)} bytes"
-    # Cut first: the repr of a text of 60 MB would cost more than answering it.
-    text = repr(value[: limit + 1]) if isinstance(value, str) else repr(value)
+    # Cut first: rendering all of a 60 MB value would cost more than answering it.
+    if isinstance(value, str):
+        text = f"'{value[:limit]}'".replace("\\", r"\\")
+    else:
+        text = "".join(islice(_JSON.iterencode(value), limit + 1))
+    text = printable(text, limit + 1)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-class Exact(str):
-    """A description written by the program (not a value of the request), shown in messages without quotes."""
+def invalid(field: str, got: Any, accepted: str) -> RequestError:
+    """An INVALID_ARGUMENT error: `<field> must be <accepted> (got <got>)`.
 
-
-def invalid(field: str, got: Any, allowed: str) -> RequestError:
-    """An INVALID_ARGUMENT error: `field: got <got>; allowed: <allowed>`.
-
-    `got` is shown by its repr, except an `Exact` text, which is shown as it is.
+    `got` is shown by `shorten`, a `Verbatim` text as it is.
     """
-    shown = str(got) if isinstance(got, Exact) else shorten(got)
-    return RequestError(f"{field}: got {shown}; allowed: {allowed}")
+    return RequestError(f"{field} must be {accepted} (got {got if isinstance(got, Verbatim) else shorten(got)})")

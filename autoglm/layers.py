@@ -1,4 +1,4 @@
-"""Layers shared by the vision and the language model; the kernels compute with them."""
+"""Layers shared by the vision and the language model. The kernels do the computation."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from autoglm.kernels.base import Activation, Kernels, Weight
 
 
 class RMSNorm(nn.Module):
-    """The weight of a root-mean-square norm over the last dimension."""
+    """The weight of a root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -17,4 +17,4 @@ class RMSNorm(nn.Module):
 
 def fit(x: torch.Tensor, weight: Weight, kernels: Kernels) -> Activation:
     """Quantise the activations if the kernel for this weight takes int8."""
-    return kernels.quantize(x) if kernels.quantizes(weight, x.shape[0]) else Activation(x)
+    return kernels.quantize(x=x) if kernels.quantizes(weight=weight, rows=x.shape[0]) else Activation(x)

@@ -1,4 +1,4 @@
-"""Installs, starts, probes, watches, restarts and stops the server. Needs only the standard library."""
+"""Installs, starts, probes, restarts and stops the server. Needs only the standard library."""
 
 from pathlib import Path
 

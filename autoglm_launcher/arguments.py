@@ -1,7 +1,5 @@
 """The command line of run_autoglm_server.sh."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -21,12 +19,12 @@ CACHE_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32", "fp8": "f
 
 @dataclass(frozen=True)
 class Options:
-    """What to serve and where. log: None means standard output. tritonserver: None means the wheel's.
+    """What to serve and where. log: None: standard output. tritonserver: None: the wheel's.
 
-    speech, bridge: directories of the speech encoder and of its projector; None means without.
-    overrides: values that the command line sets over the configuration, in YAML; empty for none.
-    spoken: the request that proves that the server answers is a spoken one.
-    gateway_port: None means without a gateway. keys: the file of its callers' keys; None means that they need none.
+    speech, bridge: directories of the speech encoder and of its projector; None: not loaded.
+    overrides: YAML that overrides the configuration; may be empty.
+    spoken: use a spoken task for the startup probe.
+    gateway_port: None: no gateway. keys: a file with the gateway's API keys; None: no key is required.
     """
 
     checkpoint: Path
@@ -46,22 +44,22 @@ class Options:
     tritonserver: Path | None
 
     def check(self) -> None:
-        """Raise LauncherError for what is not there, before anything is installed or started."""
+        """Raise LauncherError for missing files, GPUs and ports, before anything is installed or started."""
         if not (self.checkpoint / "config.json").is_file():
-            reason = "has no config.json" if self.checkpoint.is_dir() else "is no directory"
-            raise LauncherError(f"checkpoint {self.checkpoint} {reason}: give --checkpoint a Hugging Face directory")
+            reason = "has no config.json" if self.checkpoint.is_dir() else "is not a directory"
+            raise LauncherError(f"--checkpoint must be a Hugging Face directory ({self.checkpoint} {reason})")
         if not any(self.checkpoint.glob("*.safetensors")):
-            raise LauncherError(f"checkpoint {self.checkpoint} has no *.safetensors: its weights are not downloaded")
+            raise LauncherError(f"--checkpoint must contain the weights ({self.checkpoint} has no *.safetensors)")
         for name, directory in (("--speech", self.speech), ("--bridge", self.bridge)):
             if directory is not None and not (directory / "config.json").is_file():
-                raise LauncherError(f"{directory} has no config.json: give {name} the directory of its weights")
+                raise LauncherError(f"{name} must be a directory of weights ({directory} has no config.json)")
         if self.bridge is not None and self.speech is None:
-            raise LauncherError("--bridge needs --speech: a projector works with its encoder only")
+            raise LauncherError("--bridge requires --speech: a projector only works with its encoder")
         if not self.config.is_file():
-            raise LauncherError(f"configuration {self.config} is no file: give --config a YAML file")
+            raise LauncherError(f"--config must be a YAML file ({self.config} is not a file)")
         if self.preset is not None and not self.preset.is_file():
-            there = ", ".join(sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
-            raise LauncherError(f"there is no preset {self.preset.stem} ({self.preset}): there are {there}")
+            names = ", ".join(sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+            raise LauncherError(f"--preset must be one of {names} ({self.preset} is not a file)")
         if self.gpus is not None:
             check_gpus(self.gpus)
         gateway = {} if self.gateway_port is None else {"gateway": self.gateway_port}
@@ -69,38 +67,38 @@ class Options:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Exits with 2 and a usage line when the command line cannot be read."""
+    """Exits with 2 and a usage line if an argument is invalid."""
     parser = argparse.ArgumentParser(
         prog="./run_autoglm_server.sh",
         description="Serve an AutoGLM checkpoint with the NVIDIA Triton Inference Server. Installs into .venv first.",
         epilog="Environment: AUTOGLM_PYTHON (the Python to use), AUTOGLM_TORCH_INDEX (a pip index for PyTorch), "
-        "AUTOGLM_ADMIN_KEY (opens the server's closed APIs), AUTOGLM_CACHE (where quantised weights are kept), "
-        "AUTOGLM_API_KEYS (a file of the keys that the gateway asks for, one a line), "
-        "AUTOGLM_CHECKPOINT, AUTOGLM_SPEECH, AUTOGLM_BRIDGE, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (lines of it).",
+        "AUTOGLM_ADMIN_KEY (the key of the server's restricted APIs), AUTOGLM_CACHE (directory of quantised weights), "
+        "AUTOGLM_API_KEYS (a file with the gateway's API keys, one per line), AUTOGLM_CHECKPOINT, AUTOGLM_SPEECH, "
+        "AUTOGLM_BRIDGE, AUTOGLM_CONFIG, AUTOGLM_OVERRIDES (YAML that overrides the configuration).",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="Hugging Face directory to serve (default: demo/checkpoint)")
     add("--config", type=Path, metavar="FILE", help="configuration (default: autoglm-config.yaml)")
-    speech_help = "Hugging Face directory of Wav2Vec2, to hear (without DIR: the demo's); --once asks by voice then"
+    speech_help = "Wav2Vec2 directory for speech input (without DIR: the demo's); --once then asks by voice"
     add("--speech", type=Path, metavar="DIR", nargs="?", const=DEMO_SPEECH / "encoder", help=speech_help)
-    add("--bridge", type=Path, metavar="DIR", help="its projector to embeddings, for audio_mode bridge")
-    add("--preset", metavar="NAME", help="presets/NAME.yaml replaces lines of the configuration")
+    add("--bridge", type=Path, metavar="DIR", help="projector of the speech encoder, for audio_mode bridge")
+    add("--preset", metavar="NAME", help="presets/NAME.yaml overrides the configuration")
     int8 = parser.add_mutually_exclusive_group()
-    int8.add_argument("--use-int8", action="store_true", default=None, help="quantise the language model's weights")
-    int8.add_argument("--no-int8", action="store_false", dest="use_int8", help="do not (default: on a GPU)")
-    add("--kv-cache-dtype", choices=CACHE_DTYPES, help="of keys and values (default: auto, as the model)")
-    add("--gpus", type=_gpus, metavar="0,1", help="the GPUs to use (default: all)")
+    int8.add_argument("--use-int8", action="store_true", default=None, help="quantise the language model to INT8")
+    int8.add_argument("--no-int8", action="store_false", dest="use_int8", help="do not (default: quantise on a GPU)")
+    add("--kv-cache-dtype", choices=CACHE_DTYPES, help="dtype of the KV cache (default: auto, the model's)")
+    add("--gpus", type=_gpus, metavar="0,1", help="GPUs to use (default: all)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
     add("--http-port", type=_port, default=Ports.http, metavar="N", help="default: %(default)s")
     add("--grpc-port", type=_port, default=Ports.grpc, metavar="N", help="default: %(default)s")
     add("--metrics-port", type=_port, default=Ports.metrics, metavar="N", help="default: %(default)s")
-    add("--gateway-port", type=_port, default=8080, metavar="N", help="of OpenAI's protocol (default: %(default)s)")
-    add("--no-gateway", action="store_true", help="serve Triton's own protocols only")
-    add("--once", action="store_true", help="answer one sample screenshot, print thought and action, and stop")
-    add("--log", metavar="FILE", help="the server's log (default: logs/server-PORT.log); - is standard output")
-    add("--tritonserver", type=Path, metavar="PATH", help="use this tritonserver, and this Python; install nothing")
+    add("--gateway-port", type=_port, default=8080, metavar="N", help="OpenAI-compatible API (default: %(default)s)")
+    add("--no-gateway", action="store_true", help="serve only Triton's own APIs")
+    add("--once", action="store_true", help="answer one sample screenshot, print thought and action, and exit")
+    add("--log", metavar="FILE", help="server log (default: logs/server-PORT.log); -: standard output")
+    add("--tritonserver", type=Path, metavar="PATH", help="use this tritonserver and this Python; install nothing")
     given = parser.parse_args(argv)
-    # The shell script changes to the repository; what the caller names is relative to where the caller was.
+    # The shell script changes to the repository; relative paths are relative to the caller's directory.
     base = Path(os.environ.get("AUTOGLM_CALLED_FROM") or Path.cwd())
     preset = ROOT / "presets" / f"{given.preset}.yaml" if given.preset else _from_environment("PRESET")
     log = Path(given.log or ROOT / "logs" / f"server-{given.http_port}.log")
@@ -109,7 +107,7 @@ def parse(argv: Sequence[str]) -> Options:
     speech = given.speech or _from_environment("SPEECH")
     bridge = given.bridge or _from_environment("BRIDGE")
     if checkpoint.resolve() == DEMO_CHECKPOINT and speech in (None, DEMO_SPEECH / "encoder") and bridge is None:
-        speech, bridge = speech or _if_there(DEMO_SPEECH / "encoder"), _if_there(DEMO_SPEECH / "bridge")
+        speech, bridge = speech or _if_exists(DEMO_SPEECH / "encoder"), _if_exists(DEMO_SPEECH / "bridge")
     return Options(
         checkpoint=checkpoint,
         config=base / (given.config or _from_environment("CONFIG") or ROOT / "autoglm-config.yaml"),
@@ -134,7 +132,7 @@ def _from_environment(name: str) -> Path | None:
     return Path(value) if value else None
 
 
-def _if_there(directory: Path) -> Path | None:
+def _if_exists(directory: Path) -> Path | None:
     return directory if directory.is_dir() else None
 
 
@@ -150,11 +148,11 @@ def _overrides(given: argparse.Namespace) -> str:
 def _gpus(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different GPU numbers such as 0,1")
+        raise argparse.ArgumentTypeError(f"must be different GPU numbers such as 0,1 (got {text!r})")
     return tuple(map(int, parts))
 
 
 def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"must be a port number between 1 and 65535 (got {text!r})")
     return int(text)

@@ -1,7 +1,5 @@
 """The NVIDIA GPUs of this machine."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """As nvidia-smi shows them; none when there is no driver."""
+    """The GPUs that nvidia-smi lists; none without a driver."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index,name", "--format=csv,noheader"],
@@ -30,19 +28,19 @@ def list_gpus() -> list[Gpu]:
     return [Gpu(int(row[0]), row[1].strip()) for row in rows if len(row) == 2 and row[0].strip().isdigit()]
 
 
-def check_gpus(wanted: Sequence[int]) -> None:
-    """Raise LauncherError unless the machine has every GPU that is wanted."""
+def check_gpus(indices: Sequence[int]) -> None:
+    """Raise LauncherError unless the machine has all these GPUs."""
     found = list_gpus()
-    missing = [index for index in wanted if index not in {gpu.index for gpu in found}]
+    missing = [index for index in indices if index not in {gpu.index for gpu in found}]
     if missing:
-        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found) or "no NVIDIA GPU (nvidia-smi shows none)"
-        raise LauncherError(f"--gpus {','.join(map(str, wanted))}: no GPU {missing[0]}, this machine has {there}")
+        available = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in found) or "no NVIDIA GPU (nvidia-smi lists none)"
+        raise LauncherError(f"--gpus {','.join(map(str, indices))}: no GPU {missing[0]}, this machine has {available}")
 
 
 def visible_gpu_count(environment: Mapping[str, str]) -> int:
-    """How many GPUs a process of this environment sees."""
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    """The number of GPUs that a process with this environment sees."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
     count = len(list_gpus())
-    if chosen is None:
+    if visible is None:
         return count
-    return min(count, len([part for part in chosen.split(",") if part.strip() not in ("", "-1")]))
+    return min(count, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))

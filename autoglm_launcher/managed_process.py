@@ -1,17 +1,18 @@
-"""A command with a supervisor of its own: started, looked after and stopped."""
-
-from __future__ import annotations
+"""A command that the launcher starts, waits for and stops."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from autoglm_launcher import ROOT
+from autoglm_launcher.console import LauncherError
 from autoglm_launcher.processes import (
+    POLL_S,
     ServerProcess,
     kill,
     kill_group,
@@ -21,32 +22,34 @@ from autoglm_launcher.processes import (
 )
 
 
-class Supervised(ABC):
-    """One command, run from the repository's root, which leaves nothing behind whatever dies (see supervisor.py).
+class ManagedProcess(ABC):
+    """A command, run from the repository's root under a reaper, so that none of its processes outlives it (reaper.py).
 
-    log_path: the command's output; None: this process's own. grace_s: what a stop gives the command to end by itself.
+    log_path: the file for its output; None: this process's output. grace_s: seconds that stop() gives it to end.
     """
 
+    name: str  # in messages
+
     def __init__(self, environment: Mapping[str, str], log_path: Path | None, grace_s: float) -> None:
+        self.environment = {**os.environ, **environment}
         self.log_path = log_path
-        self._environment = {**os.environ, **environment}
         self._grace_s = grace_s
         self._log_start = 0
-        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The command line; "{regions}" stands for the prefix that its supervisor gives to shared memory."""
+        """The command line; the reaper replaces "{regions}" with its prefix of shared memory regions."""
 
     def start(self) -> None:
         command = [sys.executable, "-m", "autoglm_launcher.reaper", str(self._grace_s), *self.command()]
         log = self.log_path.open("ab") if self.log_path else None
         try:
             self._log_start = log.tell() if log else 0
-            self._supervisor = subprocess.Popen(
+            self._reaper = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,
@@ -55,51 +58,68 @@ class Supervised(ABC):
             if log:
                 log.close()
 
+    def wait_until(self, state: str, pending: Callable[[], str | None], timeout_s: float) -> None:
+        """Poll until pending() is None; until then it returns why the process is not in this state, if that is known.
+
+        Raises LauncherError when the process ends first, or on timeout.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (reason := pending()) is not None:
+            if not self.is_alive():
+                raise LauncherError(f"{self.name} did not start: {self.explain()}")
+            if time.monotonic() > deadline:
+                raise LauncherError(f"{self.name} is not {state} after {timeout_s:.0f} s: {reason or self.explain()}")
+            time.sleep(POLL_S)
+
     def is_alive(self) -> bool:
-        """Whether the supervisor runs; it ends with its command."""
-        return self._supervisor is not None and self._supervisor.poll() is None
+        """Whether the reaper runs; it ends with its command."""
+        return self._reaper is not None and self._reaper.poll() is None
+
+    def failure(self) -> str | None:
+        """Why the process must be restarted; None while it runs."""
+        return None if self.is_alive() else f"{self.name} ended: {self.explain()}"
 
     @property
     def ended_by(self) -> signal.Signals | None:
-        """The signal that has ended the command, if one has."""
-        code = self._supervisor.poll() if self._supervisor else None
+        """The signal that ended the command, if any."""
+        code = self._reaper.poll() if self._reaper else None
         if code is None or 0 <= code <= 128:
             return None
         return signal.Signals(-code if code < 0 else code - 128)
 
     def processes(self) -> list[ServerProcess]:
-        """The command's process and what it started, as they run now."""
-        return server_processes(self._supervisor.pid) if self._supervisor else []
+        """The running processes of the command: its own and their descendants."""
+        return server_processes(self._reaper.pid) if self._reaper else []
 
     def terminate(self) -> None:
-        """Tell it to end; stop() waits for that."""
-        if self._supervisor:
-            self._supervisor.terminate()
+        """Ask it to end, without waiting: stop() waits."""
+        if self._reaper:
+            self._reaper.terminate()
 
     def stop(self, *, now: bool = False) -> None:
-        """End everything that was started; what it has begun gets grace_s seconds, or none."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is None:
+        """End every process, after at most grace_s seconds for requests in progress; immediately if `now`."""
+        reaper, self._reaper = self._reaper, None
+        if reaper is None:
             return
         try:
             if now:
-                for process in server_processes(supervisor.pid):
+                for process in server_processes(reaper.pid):
                     kill(process.pid)
-            supervisor.terminate()
-            supervisor.wait(self._grace_s + 5)
+            reaper.terminate()
+            reaper.wait(self._grace_s + 5)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            # The supervisor does this too; here it is for the case that somebody killed the supervisor.
-            kill_group(supervisor.pid)
-            supervisor.kill()  # as long as it has not made its group
-            supervisor.wait()
-            if supervisor.stdin:
-                supervisor.stdin.close()
-            remove_regions(region_prefix(supervisor.pid))
+            # The reaper does the same, unless it was killed.
+            kill_group(reaper.pid)
+            reaper.kill()  # in case it has not created its group yet
+            reaper.wait()
+            if reaper.stdin:
+                reaper.stdin.close()
+            remove_regions(region_prefix(reaper.pid))
 
     def log_text(self) -> str:
-        """What the command has written since start(); empty when its output is not a file."""
+        """The command's output since start(); empty when it does not go to a file."""
         if self.log_path is None or not self.log_path.exists():
             return ""
         with self.log_path.open("rb") as log:
@@ -107,13 +127,13 @@ class Supervised(ABC):
             return log.read().decode(errors="replace")
 
     def explain(self) -> str:
-        """How the command ended, or the log's most telling line; and where to read the rest."""
+        """The signal that ended the command, or the most telling line of its log; and where the log is."""
         where = f"log: {self.log_path}" if self.log_path else "see its output"
         if self.ended_by is not None:
-            return f"{self.ended_by.name} ended it ({where})"
+            return f"killed by {self.ended_by.name} ({where})"
         return f"{self.telling_line(self.log_text())} ({where})"
 
     def telling_line(self, log: str) -> str:
-        """The line of a log that says what went wrong: here the last one."""
+        """The line of a log that explains a failure: the last one."""
         lines = [line.strip() for line in log.splitlines() if line.strip()]
-        return lines[-1][:400] if lines else "it wrote nothing"
+        return lines[-1][:400] if lines else "no output"

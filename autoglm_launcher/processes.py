@@ -1,6 +1,4 @@
-"""Reading /proc: who descends from whom, and which processes are a tritonserver and its stubs."""
-
-from __future__ import annotations
+"""Processes and their shared memory: descendants, the tritonserver and its stubs, leftovers of a killed server."""
 
 import os
 import signal
@@ -9,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+POLL_S = 0.1  # between checks of a process
 STUB_NAME = "triton_python_backend_stub"
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -26,7 +25,7 @@ class ServerProcess:
 
 
 def command_line(pid: int) -> list[str]:
-    """The process's arguments; empty when it is gone or a zombie."""
+    """The process's arguments; empty if it has ended or is a zombie."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
     except OSError:
@@ -39,7 +38,7 @@ def is_running(pid: int) -> bool:
 
 
 def descendants(root: int) -> list[int]:
-    """Running processes below root, parents first."""
+    """Running descendants of a process, parents first."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -55,7 +54,7 @@ def descendants(root: int) -> list[int]:
 
 
 def server_processes(root: int) -> list[ServerProcess]:
-    """The tritonserver below root, its stubs, and what else they started."""
+    """The tritonserver among a process's descendants, its stubs, and other descendants."""
     result = []
     for pid in descendants(root):
         command = command_line(pid)
@@ -69,13 +68,13 @@ def server_processes(root: int) -> list[ServerProcess]:
 
 
 def kill(pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Send a signal; a process that is gone is no error."""
+    """Send a signal, unless the process has ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal_number)
 
 
 def kill_group(group: int, patience_s: float = 2.0) -> None:
-    """Kill every process of a group and wait until they are gone; zombies that nobody reaps are given up."""
+    """Kill every process of a group and wait until they have ended, at most patience_s for unreaped zombies."""
     deadline = time.monotonic() + patience_s
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -84,22 +83,22 @@ def kill_group(group: int, patience_s: float = 2.0) -> None:
 
 
 def region_prefix(owner: int) -> str:
-    """The prefix of the shared memory of the server that process owner supervises.
+    """The prefix of the shared memory regions of the server whose reaper is the process `owner`.
 
-    It names the pid namespace too: containers may share /dev/shm and count their pids alike.
+    It includes the pid namespace: containers that share /dev/shm may use the same pids.
     """
     namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
     return f"autoglm_{namespace}_{owner}_"
 
 
 def remove_regions(prefix: str) -> None:
-    """Remove what a killed server left in /dev/shm."""
+    """Remove a server's regions from /dev/shm."""
     for path in SHARED_MEMORY.glob(f"{prefix}*"):
         path.unlink(missing_ok=True)
 
 
 def remove_stale() -> None:
-    """Kill hung stubs and remove shared memory of our servers whose supervisor is gone."""
+    """Kill the stubs and remove the shared memory of this user's servers whose reaper was killed."""
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         command = command_line(pid)
         if len(command) > 2 and Path(command[0]).name == STUB_NAME and _is_stale(command[2]):
@@ -118,7 +117,7 @@ def _is_stale(region: str) -> bool:
 
 def _state_and_parent(pid: int) -> tuple[str, int]:
     try:
-        # The name, in brackets, may hold anything; the fields after its last bracket do not.
+        # The process name, in brackets, may contain any character: split after the last bracket.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return fields[0], int(fields[1])
     except (OSError, IndexError, ValueError):

@@ -1,12 +1,12 @@
-"""Making .venv: Python packages, PyTorch, and the Triton server of the wheel nvidia-pytriton.
+"""Creates .venv: PyTorch, the Triton server of the wheel nvidia-pytriton, and the other packages, at the versions that
+constraints/ pins for its Python.
 
-    python -m autoglm_launcher.venv [--no-server] [EXTRA ...]     make or update .venv, with these extras
-    python -m autoglm_launcher.venv --missing                     name the system packages this Python lacks
+    python -m autoglm_launcher.venv [--no-server] [EXTRA ...]     create or update .venv, with these extras
+    python -m autoglm_launcher.venv --missing                     print the system packages that this Python lacks
 
-Environment: AUTOGLM_TORCH_INDEX, an index for pip's --index-url when it installs PyTorch (the CPU builds, for example).
+Environment: AUTOGLM_TORCH_INDEX, pip's --index-url when it installs PyTorch. Without it and without a GPU, the index of
+PyTorch's CPU builds is used if it can be reached.
 """
-
-from __future__ import annotations
 
 import argparse
 import fcntl
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import util
@@ -34,46 +35,51 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "autoglm-installed.json"
 LOG = VENV / "install.log"
 
-# One exact version, within the range of pyproject.toml: a resolver that is free to choose may swap the build
-# that is there (CPU or CUDA) for another of several gigabytes.
-TORCH = "torch==2.13.0"
+SUPPORTED = ("3.10", "3.11", "3.12")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 GIB = 1 << 30
 NEEDED_GIB = 3
 NEEDED_GIB_CUDA = 10
 
 
 def prepare(extras: Sequence[str] = (), *, server: bool = True) -> Path:
-    """Make .venv ready, or find it ready; returns its Python. server: with the Triton server of the wheel.
+    """Create or update .venv unless it is up to date; returns its Python. server: with the wheel's Triton server.
 
-    Raises LauncherError, with what is missing and what to do.
+    Raises LauncherError, with the problem and its remedy.
     """
-    with _only_one():
-        inputs, present = _read_stamp()
-        wanted = sorted({*present, *extras, *(["server"] if server else [])})
-        if inputs == _inputs_hash() and present == wanted and _works(PYTHON):
+    with _lock():
+        inputs, installed = _read_stamp()
+        wanted = sorted({*installed, *extras, *(["server"] if server else [])})
+        version = _python_version()
+        if inputs == _inputs_hash() and installed == wanted and version in SUPPORTED:
             return PYTHON
         _check_machine(server)
-        if not _works(PYTHON):
-            _make_venv()
-        if not _has_module(PYTHON, "torch"):
-            _check_disk()
-            index = os.environ.get("AUTOGLM_TORCH_INDEX")
-            if server and not index and not list_gpus():
-                say("no GPU found: AUTOGLM_TORCH_INDEX may name an index of CPU builds, which are gigabytes smaller")
-            _pip("installing PyTorch", [TORCH, *(["--index-url", index] if index else [])])
+        if version not in SUPPORTED:
+            _create_venv()
+            version = _python_version()
+        constraints = ROOT / "constraints" / f"py{version.replace('.', '')}.txt"
+        torch = _pinned("torch", constraints)
+        if torch != _run("from importlib import metadata; print('torch==' + metadata.version('torch').split('+')[0])"):
+            index = _torch_index()
+            _check_disk(NEEDED_GIB if index and not list_gpus() else NEEDED_GIB_CUDA)
+            if index:  # It has other versions of the dependencies; the last step replaces them.
+                _pip("installing PyTorch", [torch, "--index-url", index])
+            else:
+                _pip("installing PyTorch", [torch], constraints)
         if server:
-            # Its own dependencies would bring numpy 2 and what only its Python interface needs.
-            _pip("installing the Triton server", ["--no-deps", _server_requirement()])
+            # Its dependencies are those of its Python interface, which is not used.
+            _pip("installing the Triton server", ["--no-deps", _pinned("nvidia-pytriton", constraints)])
         names = ",".join(name for name in wanted if name != "server")
-        _pip("installing autoglm", ["-e", f"{ROOT}[{names}]" if names else str(ROOT), "-e", str(ROOT / "client")])
+        project = f"{ROOT}[{names}]" if names else str(ROOT)
+        _pip("installing autoglm", ["-e", project, "-e", str(ROOT / "client")], constraints)
         STAMP.write_text(json.dumps({"inputs": _inputs_hash(), "extras": wanted}))
         return PYTHON
 
 
 def missing_packages() -> list[str]:
-    """Debian packages that this interpreter lacks for making .venv, for the server's Python backend, and for GPUs.
+    """Debian packages that this interpreter lacks: to create .venv, for the server's Python backend, and for GPUs.
 
-    Raises LauncherError when no package can help, as with a Python built without its shared library.
+    Raises LauncherError if no package helps, as for a Python built from source without its shared library.
     """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     packages = []
@@ -85,7 +91,7 @@ def missing_packages() -> list[str]:
         packages.append(f"libpython{version}")
     if packages and sys.base_prefix != "/usr":
         raise LauncherError(f"{sys.executable} was built without {' and '.join(packages)}")
-    if list_gpus():  # kernels are launched by a little C, which is compiled when they are first used
+    if list_gpus():  # Triton, the language, compiles the C code that launches its kernels
         if not any(shutil.which(compiler) for compiler in (os.environ.get("CC") or "gcc", "clang")):
             packages.append("gcc")
         if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
@@ -94,41 +100,57 @@ def missing_packages() -> list[str]:
 
 
 def _check_machine(server: bool) -> None:
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        raise LauncherError(f"this is Python {platform.python_version()}: the server needs Python 3.10, 3.11 or 3.12")
+    if ".".join(platform.python_version_tuple()[:2]) not in SUPPORTED:
+        raise LauncherError(f"the server requires Python 3.10, 3.11 or 3.12 (got {platform.python_version()})")
     if server and (sys.platform, platform.machine()) not in (("linux", "x86_64"), ("linux", "aarch64")):
         raise LauncherError(
-            f"no Triton server for {sys.platform} {platform.machine()}: it needs Linux on x86_64 or aarch64"
+            f"the Triton server requires Linux on x86_64 or aarch64 (got {sys.platform} {platform.machine()})"
         )
     if packages := missing_packages():
         raise LauncherError(f"{sys.executable} lacks {' '.join(packages)}: apt-get install {' '.join(packages)}")
 
 
-def _check_disk() -> None:
-    needed = NEEDED_GIB_CUDA if list_gpus() else NEEDED_GIB
+def _torch_index() -> str:
+    """pip's --index-url for PyTorch; empty for pip's own. The CPU builds are gigabytes smaller than the CUDA builds."""
+    index = os.environ.get("AUTOGLM_TORCH_INDEX")
+    if index is not None or list_gpus():
+        return index or ""
+    try:
+        with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=10):
+            return CPU_INDEX
+    except OSError:
+        say(f"{CPU_INDEX} cannot be reached: installing PyTorch from pip's own index, where it may be the CUDA build")
+        return ""
+
+
+def _check_disk(needed: int) -> None:
     free = shutil.disk_usage(ROOT).free / GIB
     if free < needed:
-        raise LauncherError(f"{free:.1f} GiB are free at {ROOT}: installing needs about {needed} GiB, make room")
+        raise LauncherError(f"installing requires about {needed} GiB at {ROOT} (free: {free:.1f} GiB)")
 
 
-def _make_venv() -> None:
-    progress = Progress(f"making .venv with Python {platform.python_version()}")
+def _create_venv() -> None:
+    progress = Progress(f"creating .venv with Python {platform.python_version()}")
     if VENV.exists():
         shutil.rmtree(VENV)
-    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
-    if made.returncode:
+    created = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
+    if created.returncode:
         shutil.rmtree(VENV, ignore_errors=True)
-        raise LauncherError(f"python -m venv failed: {_last_line(made.stderr or made.stdout)}")
+        raise LauncherError(f"python -m venv failed: {_last_line(created.stderr or created.stdout)}")
     progress.done()
 
 
-def _pip(what: str, arguments: Sequence[str]) -> None:
-    """Run pip install, its output in the log; show what it does."""
-    progress = Progress(what)
+def _pip(task: str, arguments: Sequence[str], constraints: Path | None = None) -> None:
+    """Run pip install with its output in the log, and show its last line as progress."""
+    progress = Progress(task)
+    # In the environment, constraints also hold for the isolated builds of the projects.
+    pins = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), constraints.as_uri()) if constraints else {}
     with LOG.open("ab") as out:
         begin = out.tell()
         command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off", *arguments]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **pins}
+        )
     try:
         while process.poll() is None:
             progress.show(_last_line(re.sub(r"^WARNING: .*", "", _log_since(begin), flags=re.MULTILINE)))
@@ -144,34 +166,37 @@ def _pip(what: str, arguments: Sequence[str]) -> None:
         written = _log_since(begin)
         if "No space left on device" in written:
             raise LauncherError(
-                f"{what} failed, the disk is full: make room at {ROOT} and in {os.environ.get('TMPDIR', '/tmp')}"
+                f"{task} failed: the disk is full; free space at {ROOT} and in {os.environ.get('TMPDIR', '/tmp')}"
             )
         if re.search("connection broken by|No route to host|Temporary failure in name resolution", written):
-            raise LauncherError(f"{what} failed, pip reaches no package index: check network and proxy (log: {LOG})")
+            raise LauncherError(
+                f"{task} failed: pip cannot reach a package index; check network and proxy (log: {LOG})"
+            )
         errors = [line for line in written.splitlines() if line.startswith("ERROR:")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else _last_line(written)
-        raise LauncherError(f"{what} failed: {reason} (log: {LOG})")
+        raise LauncherError(f"{task} failed: {reason} (log: {LOG})")
     progress.done()
 
 
-def _server_requirement() -> str:
-    found = re.search(r'"(nvidia-pytriton==[^"]+)"', (ROOT / "pyproject.toml").read_text())
+def _pinned(name: str, constraints: Path) -> str:
+    """The requirement name==version of a constraints file."""
+    found = re.search(rf"^{name}==.+$", constraints.read_text(), re.MULTILINE)
     if found is None:
-        raise LauncherError("pyproject.toml pins no nvidia-pytriton: its extra 'server' must")
-    return found[1]
+        raise LauncherError(f"{constraints} does not pin {name}: run constraints/update.sh")
+    return found[0]
 
 
 def _inputs_hash() -> str:
-    """Changes when anything changes that decides what is installed, or a new package must become importable."""
-    digest = hashlib.sha256(TORCH.encode())
-    for path in (ROOT / "pyproject.toml", ROOT / "client" / "pyproject.toml"):
+    """A hash of the requirements, and of the names of the packages that the installed project makes importable."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "pyproject.toml", ROOT / "client" / "pyproject.toml", *sorted(ROOT.glob("constraints/*.txt"))):
         digest.update(path.read_bytes())
     digest.update(" ".join(sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))).encode())
     return digest.hexdigest()
 
 
 def _read_stamp() -> tuple[str, list[str]]:
-    """The hash of what .venv was made from and the extras in it; empty when it was never finished."""
+    """The inputs hash and the extras of the last completed installation into .venv; empty if there was none."""
     try:
         stamp = json.loads(STAMP.read_text())
         return str(stamp["inputs"]), [str(extra) for extra in stamp["extras"]]
@@ -179,17 +204,18 @@ def _read_stamp() -> tuple[str, list[str]]:
         return "", []
 
 
-def _works(python: Path) -> bool:
-    code = "import sys, pip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))"
+def _python_version() -> str:
+    """The version of .venv's Python, such as 3.11; empty if it or its pip does not work."""
+    return _run("import sys, pip; print('%d.%d' % sys.version_info[:2])")
+
+
+def _run(code: str) -> str:
+    """The output of code that .venv's Python runs; empty if it fails."""
     try:
-        return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
+        ran = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True)
     except OSError:
-        return False
-
-
-def _has_module(python: Path, name: str) -> bool:
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
 def _log_since(offset: int) -> str:
@@ -204,8 +230,8 @@ def _last_line(text: str) -> str:
 
 
 @contextmanager
-def _only_one() -> Iterator[None]:
-    """Two commands started together must not install into one .venv at once."""
+def _lock() -> Iterator[None]:
+    """Only one process at a time may install into .venv."""
     handle = os.open(ROOT, os.O_RDONLY)
     try:
         try:
@@ -219,10 +245,10 @@ def _only_one() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m autoglm_launcher.venv", description="Make .venv.")
+    parser = argparse.ArgumentParser(prog="python -m autoglm_launcher.venv", description="Create or update .venv.")
     parser.add_argument("extras", nargs="*", help="extras of pyproject.toml, such as test")
     parser.add_argument("--no-server", action="store_true", help="without the Triton server of the wheel")
-    parser.add_argument("--missing", action="store_true", help="name the system packages this Python lacks")
+    parser.add_argument("--missing", action="store_true", help="print the system packages that this Python lacks")
     options = parser.parse_args(argv)
     raise_on_signals()
     try:

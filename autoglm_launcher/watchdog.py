@@ -1,11 +1,9 @@
-"""Notices that a server no longer serves, also while Triton says that it is ready."""
-
-from __future__ import annotations
+"""Detects that a server no longer serves, even while Triton reports that it is ready."""
 
 import time
 from collections.abc import Callable
 
-from autoglm_launcher.probe import ProbeError, Sample, ask, responses_so_far
+from autoglm_launcher.probe import ProbeError, Sample, ask, count_responses
 from autoglm_launcher.server import TritonServer
 
 PROBE_INTERVAL_S = 15.0
@@ -15,11 +13,11 @@ PATIENCE = 3
 
 
 class Watchdog:
-    """Looks after one started server. check() is called often and is cheap between probes.
+    """Checks one started server. Call check() frequently; it is cheap between probes.
 
-    A stub that dies is never restarted by Triton, and requests to it fail or hang for ever: so the stubs that were
-    there when the server became ready must stay there. A stub that hangs shows in the probe: after patience probes
-    in a row without an answer, while nobody else got a token either.
+    Triton never restarts a stub that dies, and requests to it fail or hang forever: so every stub that ran when the
+    server became ready must keep running. A hung stub is detected by the probe: the server has failed when
+    `patience` probes in a row got no answer and no other request received a token meanwhile.
     """
 
     def __init__(
@@ -38,18 +36,22 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._patience = patience
         self._clock = clock
-        self._stubs = {process.pid: process.instance for process in server.processes() if process.kind == "stub"}
-        self._next_probe = clock() + interval_s
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over with the stubs that run now, after the server has been restarted."""
+        self._stubs = {process.pid: process.instance for process in self._server.processes() if process.kind == "stub"}
+        self._next_probe = self._clock() + self._interval_s
         self._failures = 0
 
     def check(self) -> str | None:
         """Why the server must be restarted; None while it serves."""
-        if not self._server.is_alive():
-            return f"the server ended: {self._server.explain()}"
-        there = {process.pid for process in self._server.processes()}
-        gone = sorted(instance for pid, instance in self._stubs.items() if pid not in there)
-        if gone:
-            return f"the process of model instance {', '.join(gone)} died"
+        if reason := self._server.failure():
+            return reason
+        running = {process.pid for process in self._server.processes()}
+        dead = sorted(instance for pid, instance in self._stubs.items() if pid not in running)
+        if dead:
+            return f"the process of model instance {', '.join(dead)} died"
         if self._clock() < self._next_probe:
             return None
         failure = self._probe()
@@ -58,19 +60,19 @@ class Watchdog:
         return f"{self._failures} failed probe(s) in a row: {failure}" if self._failures >= self._patience else None
 
     def _probe(self) -> str | None:
-        """What is wrong with the server, if anything."""
+        """Why the server failed the probe; None if it did not."""
         before = self._responses()
         try:
             ask(self._server.http_address, self._sample, max_tokens=1, timeout_s=self._timeout_s)
         except ProbeError as error:
-            # A probe that waits behind others is no fault.
-            works_for_others = self._responses() > before >= 0
-            return None if error.busy or works_for_others else str(error)
+            # A probe may time out because it is queued after other requests.
+            serves_others = self._responses() > before >= 0
+            return None if error.busy or serves_others else str(error)
         return None
 
     def _responses(self) -> int:
-        """How many responses anybody got so far; -1 when the server does not say."""
+        """The number of responses sent to any caller; -1 if unknown."""
         try:
-            return responses_so_far(self._server.http_address)
+            return count_responses(self._server.http_address)
         except ProbeError:
             return -1

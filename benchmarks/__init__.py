@@ -1,1 +1,1 @@
-"""Measurements: never part of the tests, each a command that prints a table and writes a file."""
+"""Benchmarks: each module is a command that prints a table and writes a result file."""

@@ -1,8 +1,8 @@
-"""Every operation of `autoglm.kernels`, at a model's shapes, with the bytes and operations that it cannot do without.
+"""The operations of `autoglm.kernels` at a model's shapes, with their minimum bytes and operations.
 
-A case's launches differ in the memory they read, together more than the L2 cache holds, as in a model whose layers come
-one after another. Bytes count each input and output once: weights, activations (bf16, or int8 where the weight wants
-them so), keys and values with their scales. Operations count the products (a multiply and an add are two).
+The launches of a case read different memory, together more than the L2 cache holds, as the layers of a model do. Bytes
+count each input and output once: weights, activations (bf16, or int8 if the weight's kernel takes them), keys and
+values with their scales. Operations are those of the matrix products; a multiply-add is two.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,25 +12,26 @@ from functools import partial
 import torch
 
 from autoglm.checkpoint import TextConfig
-from autoglm.kernels.base import Activation, Kernels, LayerCache, Rotary, Weight
+from autoglm.kernels.base import AttentionConfig, AttentionMetadata, Kernels, LayerCache, SamplingState, Weight
+from autoglm.layers import fit
 from autoglm.llm.kv_cache import KVCache
-from autoglm.llm.model import rotary
-from autoglm.llm.request_slots import record
+from autoglm.llm.model import attention_config
+from autoglm.llm.request_slots import pack_sampling_params
 from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.quantization.int8 import Int8Weight
 from benchmarks.limits import Work
 
-SPREAD = 300 << 20  # bytes that a case's launches read together: five times the L2 cache of an H200
-MOST_LAUNCHES = 512
+SPREAD = 300 << 20  # bytes that the launches of a case read together: five times the L2 cache of an H200
+MAX_LAUNCHES = 512
 BLOCK_SIZE = 16
-CACHES = {"bf16": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+CACHE_DTYPES = {"bf16": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 Launch = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at one size. `make` allocates what it needs and gives launches that do the same on other memory."""
+    """An operation at one size. `make` allocates the inputs, and returns launches that differ only in memory."""
 
     name: str
     work: Work
@@ -39,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """The cases of one model on one device. setting: the type of the weights, int8 or bf16."""
+    """The cases of one model on one device. setting: the dtype of the weights, int8 or bf16."""
 
     kernels: Kernels
     text: TextConfig
@@ -49,15 +50,15 @@ class Cases:
     spread: int = SPREAD
 
     def copies(self, size: float) -> int:
-        """How many launches it takes to read `spread` bytes."""
-        return int(min(MOST_LAUNCHES, max(3, self.spread // max(1, size))))
+        """The number of launches that read `spread` bytes, at `size` bytes each."""
+        return int(min(MAX_LAUNCHES, max(3, self.spread // max(1, size))))
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of each product."""
+        """Outputs and inputs of each linear layer."""
         text = self.text
         mixed = text.num_attention_heads * text.head_dim
         return {
@@ -80,12 +81,12 @@ class Cases:
         def make() -> list[Launch]:
             table = self.random(self.text.vocab_size, size)
             ids = torch.randint(self.text.vocab_size, (self.copies(2 * rows * size), rows), device=self.device)
-            return [partial(self.kernels.embed, row, table) for row in ids]
+            return [partial(self.kernels.embed, ids=row, table=table) for row in ids]
 
         return Case(f"embed-{rows}", Work(4 * rows * size), make)
 
     def add_norm(self, rows: int) -> Case:
-        """Reads branch and residual, writes the residual and x (int8 where the weights want it so)."""
+        """Reads branch and residual, writes residual and x."""
         size = self.text.hidden_size
         quantized = self.setting == "int8" and rows > 1
         moved = rows * size * (6 + (1 if quantized else 2))
@@ -93,14 +94,15 @@ class Cases:
         def make() -> list[Launch]:
             norm = self.random(size)
             pairs = [(self.random(1, rows, size), self.random(rows, size)) for _ in range(self.copies(moved))]
-            return [partial(self.kernels.add_norm, *pair, norm, norm, 1e-5, quantized) for pair in pairs]
+            launch = partial(self.kernels.add_norm, branch_norm=norm, norm=norm, eps=1e-5, quantized=quantized)
+            return [partial(launch, branch=branch, residual=residual) for branch, residual in pairs]
 
         return Case(f"add-norm-{rows}", Work(moved), make)
 
     def quantize(self, rows: int, size: int) -> Case:
         def make() -> list[Launch]:
             inputs = [self.random(rows, size) for _ in range(self.copies(3 * rows * size))]
-            return [partial(self.kernels.quantize, x) for x in inputs]
+            return [partial(self.kernels.quantize, x=x) for x in inputs]
 
         return Case(f"quantize-{rows}x{size}", Work(3 * rows * size), make)
 
@@ -112,112 +114,124 @@ class Cases:
 
         def make() -> list[Launch]:
             weights = [self.weight(outputs, inputs) for _ in range(self.copies(outputs * inputs * item))]
-            x = self.random(rows, inputs)
-            ready = self.kernels.quantize(x) if self.kernels.quantizes(weights[0], rows) else Activation(x)
+            x = fit(self.random(rows, inputs), weights[0], self.kernels)
             compute = self.kernels.gate_up if name == "gate-up" else self.kernels.linear
-            return [partial(compute, ready, weight) for weight in weights]
+            return [partial(compute, x=x, weight=weight) for weight in weights]
 
         return Case(f"{name}-{rows}", Work(moved, 2 * rows * outputs * inputs), make)
 
-    def caches(self, stored: str, slots: int, count: int) -> list[LayerCache]:
-        """Layers of a KV cache, filled at random."""
-        kind = CACHES[stored] or self.dtype
-        cache = KVCache(self._layers(count), slots // BLOCK_SIZE, BLOCK_SIZE, self.device, self.dtype, kind)
-        for layer in range(count):
-            filled = cache.layer(layer)
-            for data, scales in ((filled.keys, filled.key_scales), (filled.values, filled.value_scales)):
-                data.copy_(torch.randn(data.shape, device=self.device) * (40 if kind == torch.int8 else 1))
-                if kind == torch.int8 and scales is not None:
+    def caches(self, stored: str, num_tokens: int, count: int) -> list[LayerCache]:
+        """Random KV caches of `count` layers."""
+        dtype = CACHE_DTYPES[stored]
+        text = replace(self.text, num_hidden_layers=count)
+        blocks = num_tokens // BLOCK_SIZE
+        cache = KVCache(text, self.device, self.dtype, num_blocks=blocks, block_size=BLOCK_SIZE, cache_dtype=dtype)
+        layers = [cache.layer(layer) for layer in range(count)]
+        for layer in layers:
+            for data, scales in ((layer.keys, layer.key_scales), (layer.values, layer.value_scales)):
+                data.copy_(torch.randn(data.shape, device=self.device) * (40 if dtype == torch.int8 else 1))
+                if dtype == torch.int8 and scales is not None:
                     scales.fill_(1 / 40)
-        return [cache.layer(layer) for layer in range(count)]
+        return layers
 
-    def decode_attention(self, batch: int, keys: int, stored: str) -> Case:
+    def decode_attention(self, batch: int, seq_len: int, stored: str) -> Case:
         text, heads = self.text, self.text.num_attention_heads
         width = (heads + 2 * text.num_key_value_heads) * text.head_dim
-        size = KVCache.bytes_per_token(text, CACHES[stored] or torch.bfloat16) // text.num_hidden_layers
-        moved = batch * keys * size
-        blocks = -(-keys // BLOCK_SIZE)
+        size = KVCache.bytes_per_token(text, CACHE_DTYPES[stored] or torch.bfloat16) // text.num_hidden_layers
+        moved = batch * seq_len * size
+        blocks = -(-seq_len // BLOCK_SIZE)
 
         def make() -> list[Launch]:
             caches = self.caches(stored, batch * blocks * BLOCK_SIZE, self.copies(moved))
-            order = torch.randperm(batch * blocks, device=self.device, dtype=torch.int32).view(batch, blocks)
-            lengths = torch.full((batch,), keys, dtype=torch.int32, device=self.device)
-            positions = (lengths - 1).expand(3, -1).contiguous()
-            qkv = self.random(1, batch, width)
-            angles = self.rotary(keys)
-            given = (order, lengths, heads, self.dtype)
-            return [partial(self.kernels.decode_attention, qkv, positions, angles, cache, *given) for cache in caches]
+            seq_lens = torch.full((batch,), seq_len, dtype=torch.int32, device=self.device)
+            launch = partial(
+                self.kernels.decode_attention,
+                qkv=self.random(1, batch, width),
+                metadata=AttentionMetadata(
+                    positions=(seq_lens - 1).expand(3, -1).contiguous(),
+                    block_table=self.block_order(batch * blocks).view(batch, blocks),
+                    seq_lens=seq_lens,
+                ),
+                config=self.attention_config(seq_len),
+            )
+            return [partial(launch, cache=cache) for cache in caches]
 
-        work = Work(moved + 2 * batch * (width + heads * text.head_dim), 0, 4 * batch * keys * heads * text.head_dim)
-        return Case(f"decode-attention-{batch}x{keys}-{stored}", work, make)
+        attention = 4 * batch * seq_len * heads * text.head_dim
+        work = Work(moved + 2 * batch * (width + heads * text.head_dim), bf16=attention)
+        return Case(f"decode-attention-{batch}x{seq_len}-{stored}", work, make)
 
     def prefill_attention(self, tokens: int) -> Case:
-        """Of one whole prompt, over the paged cache."""
+        """One prompt in a single chunk."""
         heads, size = self.text.num_attention_heads, self.text.head_dim
 
         def make() -> list[Launch]:
             blocks = -(-tokens // BLOCK_SIZE)
-            table = torch.randperm(blocks, device=self.device, dtype=torch.int32)[None]
-            starts = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
-            q = self.random(tokens, heads, size)
-            given = (table, starts, starts[1:].clone(), tokens)  # a tensor of its own, aligned
-            caches = self.caches("bf16", blocks * BLOCK_SIZE, 3)
-            return [partial(self.kernels.prefill_attention, q, cache, *given) for cache in caches]
+            cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+            metadata = AttentionMetadata(
+                positions=self.positions(tokens),
+                block_table=self.block_order(blocks)[None],
+                seq_lens=cu_seqlens[1:],
+                cu_seqlens_q=cu_seqlens,
+                max_seqlen_q=tokens,
+            )
+            launch = partial(self.kernels.prefill_attention, q=self.random(tokens, heads, size), metadata=metadata)
+            return [partial(launch, cache=cache) for cache in self.caches("bf16", blocks * BLOCK_SIZE, 3)]
 
-        return Case(f"prefill-attention-{tokens}", self._causal(tokens), make)
+        moved = 2 * tokens * size * (2 * heads + 2 * self.text.num_key_value_heads)
+        work = Work(moved, bf16=2 * tokens * (tokens + 1) * heads * size)
+        return Case(f"prefill-attention-{tokens}", work, make)
 
-    def store_keys(self, tokens: int) -> Case:
-        """Reads qkv, writes q, k and v, and k and v once more into the cache."""
+    def store_kv(self, tokens: int) -> Case:
+        """Reads qkv, writes q, k and v, and k and v again to the cache."""
         text, heads = self.text, self.text.num_attention_heads
-        other = 2 * text.num_key_value_heads * text.head_dim
-        width = heads * text.head_dim + other
-        moved = 2 * tokens * (2 * width + other)
+        kv_width = 2 * text.num_key_value_heads * text.head_dim
+        width = heads * text.head_dim + kv_width
 
         def make() -> list[Launch]:
-            slots = torch.randperm(-(-tokens // BLOCK_SIZE) * BLOCK_SIZE, device=self.device)[:tokens]
-            positions = torch.arange(tokens, dtype=torch.int32, device=self.device).expand(3, -1).contiguous()
-            angles = self.rotary(tokens)
-            caches = self.caches("bf16", slots.numel() + BLOCK_SIZE, 3)
-            given = (slots, heads, self.dtype)
-            return [
-                partial(self.kernels.store_keys, self.random(1, tokens, width), positions, angles, cache, *given)
-                for cache in caches
-            ]
+            num_slots = -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
+            launch = partial(
+                self.kernels.store_kv,
+                positions=self.positions(tokens),
+                slot_mapping=torch.randperm(num_slots, device=self.device)[:tokens],
+                config=self.attention_config(tokens),
+            )
+            caches = self.caches("bf16", num_slots, 3)
+            return [partial(launch, qkv=self.random(1, tokens, width), cache=cache) for cache in caches]
 
-        return Case(f"store-keys-{tokens}", Work(moved), make)
+        return Case(f"store-kv-{tokens}", Work(2 * tokens * (2 * width + kv_width)), make)
 
     def sample(self, rows: int) -> Case:
-        """Greedy with a frequency penalty, as the real client asks for: reads logits (fp32) and marks (int32)."""
+        """Greedy with a frequency penalty, as the AutoGLM client requests: reads fp32 logits and int32 counts."""
         vocab = self.text.vocab_size
 
         def make() -> list[Launch]:
-            wishes = record(SamplingParams(frequency_penalty=0.2), 0)
-            records = torch.tensor(wishes, dtype=torch.int32, device=self.device).repeat(rows, 1)
-            seats = torch.arange(rows, dtype=torch.int32, device=self.device)
-            steps, tokens = torch.zeros_like(seats), torch.zeros(rows, dtype=torch.int64, device=self.device)
-            marks = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
-            kept = torch.zeros(rows, vocab, device=self.device)
+            metadata = torch.from_numpy(pack_sampling_params(SamplingParams(frequency_penalty=0.2), 0))
+            slots = torch.arange(rows, dtype=torch.int32, device=self.device)
+            state = SamplingState(
+                sampling_metadata=metadata.to(self.device).repeat(rows, 1),
+                output_token_counts=torch.zeros(rows, vocab, dtype=torch.int32, device=self.device),
+                last_tokens=torch.zeros(rows, dtype=torch.int64, device=self.device),
+                logits_buffer=torch.zeros(rows, vocab, device=self.device),
+            )
+            launch = partial(self.kernels.sample, slots=slots, steps=torch.zeros_like(slots), state=state)
             logits = torch.randn(self.copies(8 * rows * vocab), rows, vocab, device=self.device)
-            return [partial(self.kernels.sample, x, seats, steps, records, marks, tokens, kept) for x in logits]
+            return [partial(launch, logits=x) for x in logits]
 
         return Case(f"sample-{rows}", Work(8 * rows * vocab), make)
 
-    def rotary(self, positions: int) -> Rotary:
-        return rotary(self.text, positions, self.device)
+    def attention_config(self, num_positions: int) -> AttentionConfig:
+        return attention_config(self.text, num_positions, self.device, self.dtype)
 
-    def _causal(self, tokens: int) -> Work:
-        heads, size = self.text.num_attention_heads, self.text.head_dim
-        moved = 2 * tokens * size * (2 * heads + 2 * self.text.num_key_value_heads)
-        return Work(moved, 0, 2 * tokens * (tokens + 1) * heads * size)
+    def positions(self, tokens: int) -> torch.Tensor:
+        return torch.arange(tokens, dtype=torch.int32, device=self.device).expand(3, -1).contiguous()
 
-    def _layers(self, count: int) -> TextConfig:
-        """The model with another number of layers."""
-        return replace(self.text, num_hidden_layers=count)
+    def block_order(self, num_blocks: int) -> torch.Tensor:
+        return torch.randperm(num_blocks, device=self.device, dtype=torch.int32)
 
     def all(
-        self, rows: tuple[int, ...], prompt: int, batches: tuple[int, ...], lengths: tuple[int, ...]
+        self, rows: tuple[int, ...], prompt_length: int, batch_sizes: tuple[int, ...], seq_lens: tuple[int, ...]
     ) -> Iterator[Case]:
-        """Products at so many rows, attention at these batches and numbers of keys, and of a prompt."""
+        """Linear layers and norms for each number of rows, decode attention for each batch and length, and prefill."""
         wide = self.text.intermediate_size
         for count in rows:
             yield self.embed(count)
@@ -225,13 +239,13 @@ class Cases:
             if self.setting == "int8":
                 yield self.quantize(count, wide)
             for name in self.products:
-                if name != "head" or count <= max(batches):  # only last tokens meet the head
+                if name != "head" or count <= max(batch_sizes):  # the head is applied to last tokens only
                     yield self.product(name, count)
-        for batch in batches:
-            for keys in lengths:
-                for stored in CACHES:
-                    yield self.decode_attention(batch, keys, stored)
-        yield self.store_keys(prompt)
-        yield self.prefill_attention(prompt)
-        for count in (min(batches), max(batches)):
+        for batch in batch_sizes:
+            for seq_len in seq_lens:
+                for stored in CACHE_DTYPES:
+                    yield self.decode_attention(batch, seq_len, stored)
+        yield self.store_kv(prompt_length)
+        yield self.prefill_attention(prompt_length)
+        for count in (min(batch_sizes), max(batch_sizes)):
             yield self.sample(count)

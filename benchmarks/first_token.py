@@ -1,6 +1,6 @@
-"""One start: a process of its own, which `benchmarks.start` begins and whose last line of output is its stages.
+"""One start of the engine, in a process launched by `benchmarks.start`. The last line of output is JSON.
 
-python -m benchmarks.first_token --checkpoint DIR --setting int8 --began SECONDS_SINCE_1970
+python -m benchmarks.first_token --checkpoint DIR --setting int8 --started SECONDS_SINCE_1970
 """
 
 import argparse
@@ -15,22 +15,22 @@ PROMPT = 16  # tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--setting", required=True)
-    parser.add_argument("--began", type=float, required=True)
+    parser.add_argument("--started", type=float, required=True, help="when the process was started")
     options = parser.parse_args()
     imported = time.time()
     checkpoint = Checkpoint.open(options.checkpoint)
     engine = engines.build_engine(checkpoint, options.setting)
     engine.start()
-    started = time.time()
+    ready = time.time()
     engines.answer_seconds(engine, [engines.random_prompt(checkpoint, PROMPT)], 1)
-    ended = time.time()
-    stages = {"imports": imported - options.began, **{stage.name: stage.seconds for stage in engine.memory.stages}}
-    stages["first token"] = ended - started
-    stages["the rest"] = ended - options.began - sum(stages.values())
-    print(json.dumps({"stages": stages, "weights": engines.resident_bytes(engine.runner.model)}))
+    end = time.time()
+    stages = {"imports": imported - options.started, **{stage.name: stage.seconds for stage in engine.memory.stages}}
+    stages["first token"] = end - ready
+    stages["other"] = end - options.started - sum(stages.values())
+    print(json.dumps({"stages": stages, "weights": engines.resident_bytes(engine.model_runner.model)}))
     engine.close()
 
 

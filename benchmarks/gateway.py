@@ -1,25 +1,24 @@
-"""What the gateway adds to a running server: the same requests over gRPC and through it, in turns.
+"""The overhead of the gateway: the same requests over gRPC and through the gateway, alternating.
 
     python -m benchmarks.gateway --setting fp32 [--server 127.0.0.1:8001] [--gateway 127.0.0.1:8080]
 
-Streams of exactly TOKENS tokens, AT_ONCE of them together, each with a demo screenshot of its own or with a text alone.
-Client and server share the machine, so that what the gateway computes is missing elsewhere. The figures are differences
-of medians, to the first piece and for each further token, and what the gateway's process computes.
+Streams of exactly TOKENS tokens, CONCURRENCY at a time, each with its own screenshot or with text only. Client and
+server share the machine, so the gateway's CPU time is part of the overhead. Reported are differences of medians, for
+the time to first token and per output token, and the CPU time of the gateway's process per token.
 
-The time of a token is that of the stream which gets its first piece last of those asked together: from then on no
-prompt is computed any more. The others' first tokens come slowly while prompts are, the more of them the further apart
-the requests arrive, which is not the same on both ways.
+Time per output token is that of the stream whose first token came last: from then on, nothing is prefilled. How long
+the other streams decode during prefill depends on when requests arrive, which differs between the two paths.
 """
 
 import argparse
 import asyncio
 import base64
-import itertools
 import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 from urllib.request import urlopen
 
@@ -28,18 +27,18 @@ from autoglm_client import AsyncClient
 from benchmarks.report import Row, make_parser, make_row, report
 from benchmarks.screens import random_screen
 
-TOKENS = 129  # enough that decoding outlasts all prompts: the last stream has the others beside it most of its time
-AT_ONCE = 16
+TOKENS = 129  # enough for the last stream to decode together with the others most of the time
+CONCURRENCY = 16
 ROUNDS = 10
-SIZE = (480, 960)  # of noise: a PNG of 1.2 MB in base64, as a real screenshot's
-ALONE = 40  # requests of one token, one after another
-PIXELS = {"max_pixels": 100_352}  # what screenshots are reduced to: on a CPU a whole one hides what is measured here
+SIZE = (480, 960)  # of noise: 1.2 MB of base64, like a real screenshot
+ALONE = 40  # sequential requests for one token
+PIXELS = {"max_pixels": 100_352}  # on a CPU, the time for full screenshots would hide the overhead
 FIRST_LIMIT_MS, TOKEN_LIMIT_MS = 5.0, 0.2
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text that no request has had before, and its image."""
+class UserPrompt:
+    """A new text and its image."""
 
     text: str
     image: bytes | None
@@ -47,44 +46,44 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one request the moments, in seconds, at which it was sent, its first piece came, and it ended."""
+    """When a request was sent, its first chunk arrived, and its last one, in seconds."""
 
-    begun: float
+    sent: float
     first: float
     ended: float
 
     @property
     def to_first(self) -> float:
-        return self.first - self.begun
+        return self.first - self.sent
 
 
-Ask = Callable[[Prompt, int], Awaitable[Timing]]
+Ask = Callable[[UserPrompt, int], Awaitable[Timing]]
 
 
-def ask_directly(client: AsyncClient) -> Ask:
-    async def ask(prompt: Prompt, tokens: int) -> Timing:
-        begun, first = time.perf_counter(), 0.0
+def ask_grpc(client: AsyncClient) -> Ask:
+    async def ask(prompt: UserPrompt, tokens: int) -> Timing:
+        sent, first = time.perf_counter(), 0.0
         images = [prompt.image] if prompt.image else []
         options: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True, **PIXELS}
         async with client.stream(prompt=prompt.text, images=images, **options) as stream:
             async for _ in stream:
                 first = first or time.perf_counter()
-        return Timing(begun, first, time.perf_counter())
+        return Timing(sent, first, time.perf_counter())
 
     return ask
 
 
 def ask_gateway(address: str) -> Ask:
-    """Over a plain socket, with a body that is ready, so that no HTTP client's own work counts as the gateway's."""
+    """Over plain sockets with a prepared body: no HTTP client's overhead is measured as the gateway's."""
     host, _, port = address.rpartition(":")
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def ask(prompt: Prompt, tokens: int) -> Timing:
+    async def ask(prompt: UserPrompt, tokens: int) -> Timing:
         body = chat(prompt, tokens)
         reader, writer = idle.pop() if idle else await asyncio.open_connection(host, int(port), limit=1 << 20)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        begun, first = time.perf_counter(), 0.0
+        sent, first = time.perf_counter(), 0.0
         writer.write(head.encode() + body)
         status = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in status.split(b"\r\n", 1)[0]:
@@ -94,12 +93,12 @@ def ask_gateway(address: str) -> Ask:
             first = first or time.perf_counter()
         await reader.readexactly(2)
         idle.append((reader, writer))
-        return Timing(begun, first, time.perf_counter())
+        return Timing(sent, first, time.perf_counter())
 
     return ask
 
 
-def chat(prompt: Prompt, tokens: int) -> bytes:
+def chat(prompt: UserPrompt, tokens: int) -> bytes:
     parts: list[dict[str, object]] = [{"type": "text", "text": prompt.text}]
     if prompt.image:
         url = f"data:image/png;base64,{base64.b64encode(prompt.image).decode()}"
@@ -109,60 +108,60 @@ def chat(prompt: Prompt, tokens: int) -> bytes:
     return json.dumps({"messages": messages, **options}).encode()
 
 
-def prompts(with_image: bool) -> Iterator[Prompt]:
+def new_prompts(with_image: bool) -> Iterator[UserPrompt]:
     screen = random_screen(0, SIZE)
-    for _ in itertools.count():
+    while True:
         number = f"{time.monotonic_ns():020}"
-        # What follows a PNG's end changes what it is known by, not its pixels.
-        yield Prompt(f"{number} {'b' * 60}", screen + number.encode() if with_image else None)
+        # Bytes after a PNG's end change its hash, not its pixels.
+        yield UserPrompt(f"{number} {'b' * 60}", screen + number.encode() if with_image else None)
 
 
-async def together(ask: Ask, chosen: Sequence[Prompt]) -> list[Timing]:
-    return await asyncio.gather(*(ask(prompt, TOKENS) for prompt in chosen))
+async def concurrent(ask: Ask, prompts: Iterator[UserPrompt]) -> list[Timing]:
+    return await asyncio.gather(*(ask(prompt, TOKENS) for prompt in islice(prompts, CONCURRENCY)))
 
 
 def seconds_per_token(streams: Sequence[Timing]) -> float:
-    """Seconds of a token in streams asked together."""
+    """Seconds per output token of the stream with the last first token."""
     last = max(streams, key=lambda stream: stream.first)
     return (last.ended - last.first) / (TOKENS - 1)
 
 
 async def measure(options: argparse.Namespace) -> list[Row]:
     async with AsyncClient(options.server) as client:
-        ways = {"grpc": ask_directly(client), "gateway": ask_gateway(options.gateway)}
+        paths = {"grpc": ask_grpc(client), "gateway": ask_gateway(options.gateway)}
         rows = []
         for name, with_image in (("text", False), ("screenshot", True)):
-            fresh = prompts(with_image)
-            for ask in ways.values():
-                await together(ask, list(itertools.islice(fresh, AT_ONCE)))  # what happens once happens here
-            alone: dict[str, list[float]] = {way: [] for way in ways}
-            crowds: dict[str, list[list[Timing]]] = {way: [] for way in ways}
+            prompts = new_prompts(with_image)
+            for ask in paths.values():
+                await concurrent(ask, prompts)  # warm-up
+            alone: dict[str, list[float]] = {path: [] for path in paths}
+            rounds: dict[str, list[list[Timing]]] = {path: [] for path in paths}
             for _ in range(ALONE):
-                for way, ask in ways.items():
-                    alone[way].append((await ask(next(fresh), 1)).to_first)
-            spent = -cpu_seconds(options.gateway)
+                for path, ask in paths.items():
+                    alone[path].append((await ask(next(prompts), 1)).to_first)
+            cpu = -cpu_seconds(options.gateway)
             for _ in range(ROUNDS):
-                for way, ask in ways.items():
-                    crowds[way].append(await together(ask, list(itertools.islice(fresh, AT_ONCE))))
-            spent += cpu_seconds(options.gateway)
-            firsts = {way: [stream.to_first for crowd in each for stream in crowd] for way, each in crowds.items()}
-            tokens = {way: [seconds_per_token(crowd) for crowd in each] for way, each in crowds.items()}
-            rows.append(added(options, f"{name}-first-token-alone", alone, FIRST_LIMIT_MS))
-            rows.append(added(options, f"{name}-first-token-{AT_ONCE}", firsts, FIRST_LIMIT_MS))
-            rows.append(added(options, f"{name}-token-{AT_ONCE}", tokens, TOKEN_LIMIT_MS))
-            per_token = spent / (ROUNDS * AT_ONCE * TOKENS) * 1e3
+                for path, ask in paths.items():
+                    rounds[path].append(await concurrent(ask, prompts))
+            cpu += cpu_seconds(options.gateway)
+            firsts = {path: [timing.to_first for timing in chain(*each)] for path, each in rounds.items()}
+            tokens = {path: [seconds_per_token(streams) for streams in each] for path, each in rounds.items()}
+            rows.append(overhead(options, f"{name}-first-token-alone", alone, FIRST_LIMIT_MS))
+            rows.append(overhead(options, f"{name}-first-token-{CONCURRENCY}", firsts, FIRST_LIMIT_MS))
+            rows.append(overhead(options, f"{name}-token-{CONCURRENCY}", tokens, TOKEN_LIMIT_MS))
+            per_token = cpu / (ROUNDS * CONCURRENCY * TOKENS) * 1e3
             rows.append(make_row(options, f"{name}-cpu-per-token", per_token, "ms", TOKEN_LIMIT_MS))
         return rows
 
 
-def added(options: argparse.Namespace, name: str, seconds: Mapping[str, Sequence[float]], limit: float) -> Row:
-    """By how much the median grows on the way through the gateway, beside both medians."""
-    medians = {f"ms {way}": statistics.median(values) * 1e3 for way, values in seconds.items()}
+def overhead(options: argparse.Namespace, name: str, seconds: Mapping[str, Sequence[float]], limit: float) -> Row:
+    """The difference of the medians of the two paths, and both medians."""
+    medians = {f"ms {path}": statistics.median(values) * 1e3 for path, values in seconds.items()}
     return make_row(options, f"{name}-added", medians["ms gateway"] - medians["ms grpc"], "ms", limit, medians)
 
 
 def cpu_seconds(gateway: str) -> float:
-    """What the gateway's process has computed since its start."""
+    """CPU time of the gateway's process since its start."""
     with urlopen(f"http://{gateway}/metrics", timeout=10) as page:
         lines = page.read().decode().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith("autoglm_gateway_process_cpu_seconds")))

@@ -1,10 +1,10 @@
-"""What each kernel takes, and what its bytes and operations would.
+"""Time of each kernel, next to its roofline.
 
     python -m benchmarks.kernels --checkpoint DIR [--setting int8|bf16]
 
-Microseconds of one launch: several launches over different memory (`benchmarks.cases`) are captured in a CUDA graph,
-its replays timed with events, the median divided by the number of launches. Only the checkpoint's config is read.
-Needs a CUDA device; without one it ends with status 2.
+Microseconds per launch: launches over different memory (`benchmarks.cases`) are captured in a CUDA graph, its replays
+are timed with events, and the median is divided by the number of launches. Only the checkpoint's config is read. Exits
+with status 2 without a CUDA device.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from benchmarks.cases import Case, Cases, Launch
 from benchmarks.report import Row, make_row, needs_gpu, read_options, report
 
 ROWS = (1, 2, 16, 64, 128, 1024, 3422)
-PROMPT = 3422
-BATCHES = (1, 16, 64)
-KEYS = (192, 3600)
+PROMPT_LENGTH = 3422
+BATCH_SIZES = (1, 16, 64)
+SEQ_LENS = (192, 3600)
 REPLAYS = 7
 
 
 def graph_seconds(launches: list[Launch]) -> float:
-    """Seconds of one launch inside of a graph of all."""
+    """Seconds per launch in a graph of all launches."""
     for launch in launches:  # compiles
         launch()
     torch.cuda.synchronize()
@@ -38,17 +38,17 @@ def graph_seconds(launches: list[Launch]) -> float:
     graph.replay()
     times: list[float] = []
     for _ in range(REPLAYS):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
         graph.replay()
-        ended.record()
+        end.record()
         torch.cuda.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3)
+        times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times) / len(launches)
 
 
 def kernel_row(case: Case, seconds: float, options: argparse.Namespace) -> Row:
-    """The time, and beside it bytes and operations with their rates."""
+    """The time of a case, with its bytes and operations and their rates."""
     work = case.work
     also = {"MB": work.bytes / 1e6, "GB/s": work.bytes / seconds / 1e9}
     if work.operations:
@@ -73,7 +73,7 @@ def main() -> None:
     torch.cuda.set_device(device)
     text = Checkpoint.open(options.checkpoint).text
     cases = Cases(get_kernels(device), text, device, torch.bfloat16, options.setting)
-    report(options, "kernels", measure(cases.all(ROWS, PROMPT, BATCHES, KEYS), options))
+    report(options, "kernels", measure(cases.all(ROWS, PROMPT_LENGTH, BATCH_SIZES, SEQ_LENS), options))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other engines, measured on the spot: those that can be imported, asked as ours is."""
+"""Other engines, measured in the same run with the same workloads, if they are installed."""
 
 import gc
 import importlib
@@ -14,32 +14,32 @@ import torch
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import ModelConfig
 from autoglm.device import choose_device
-from benchmarks.engines import Prompt
+from benchmarks.engines import BenchmarkPrompt
 from benchmarks.report import Row, rounded
 
-Ask = Callable[[Sequence[Prompt], int], float]
-"""Answers prompts of equal length together, each with exactly so many tokens; returns the seconds that it took."""
+Generate = Callable[[Sequence[BenchmarkPrompt], int], float]
+"""Answers a batch of prompts of equal length with exactly this many tokens each; returns the seconds taken."""
 
 
-def beside(
-    rows: Sequence[Row], checkpoint: Checkpoint, setting: str, measure: Callable[[Ask], Mapping[str, float]]
+def with_peers(
+    rows: Sequence[Row], checkpoint: Checkpoint, setting: str, measure: Callable[[Generate], Mapping[str, float]]
 ) -> list[Row]:
-    """Rows with what the installed peers reach: for bf16 transformers and vLLM, for int8 vLLM's FP8 (its INT8 needs
-    another checkpoint). They are loaded one after another.
+    """Add the figures of installed engines to the rows: transformers (bf16 only) and vLLM, loaded one after another.
+    For int8 vLLM runs in FP8, because its INT8 needs a quantised checkpoint.
 
     Args:
-        measure: asks a peer for text, and returns values by the names of rows.
+        measure: runs the workloads and returns values by row name.
     """
-    loaders: list[Callable[[Checkpoint, str], tuple[str, Ask]]] = []
+    loaders: list[Callable[[Checkpoint, str], tuple[str, Generate]]] = []
     if setting == "bf16" and find_spec("transformers"):
         loaders.append(_transformers)
     if find_spec("vllm"):
         loaders.append(_vllm)
     for load in loaders:
         _free_memory()
-        name, ask = load(checkpoint, setting)
-        values = measure(ask)
-        del ask
+        name, generate = load(checkpoint, setting)
+        values = measure(generate)
+        del generate
         rows = [
             replace(row, peer={**(row.peer or {}), name: rounded(values[row.name])}) if row.name in values else row
             for row in rows
@@ -48,21 +48,20 @@ def beside(
 
 
 def _free_memory() -> None:
-    """Of whatever nobody holds any more: an engine keeps the collector from looking at what it has made."""
-    gc.unfreeze()
+    gc.unfreeze()  # a started engine has frozen its objects
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _transformers(checkpoint: Checkpoint, setting: str) -> tuple[str, Ask]:
+def _transformers(checkpoint: Checkpoint, setting: str) -> tuple[str, Generate]:
     library: Any = importlib.import_module("transformers")
     device, dtype = choose_device(ModelConfig())
     model = library.Glm4vForConditionalGeneration.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
 
-    def ask(prompts: Sequence[Prompt], max_tokens: int) -> float:
+    def generate(prompts: Sequence[BenchmarkPrompt], max_tokens: int) -> float:
         ids = torch.tensor([prompt.token_ids for prompt in prompts], device=device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -71,12 +70,12 @@ def _transformers(checkpoint: Checkpoint, setting: str) -> tuple[str, Ask]:
             do_sample=False,
             pad_token_id=checkpoint.eos_token_ids[0],
         )[0, -1].item()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    return f"transformers {_release('transformers')} bf16", ask
+    return f"transformers {_release('transformers')} bf16", generate
 
 
-def _vllm(checkpoint: Checkpoint, setting: str) -> tuple[str, Ask]:
+def _vllm(checkpoint: Checkpoint, setting: str) -> tuple[str, Generate]:
     library: Any = importlib.import_module("vllm")
     model = library.LLM(
         model=str(checkpoint.path),
@@ -90,16 +89,16 @@ def _vllm(checkpoint: Checkpoint, setting: str) -> tuple[str, Ask]:
         skip_tokenizer_init=True,
     )
 
-    def ask(prompts: Sequence[Prompt], max_tokens: int) -> float:
+    def generate(prompts: Sequence[BenchmarkPrompt], max_tokens: int) -> float:
         params = library.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         inputs = [{"prompt_token_ids": prompt.token_ids} for prompt in prompts]
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.generate(inputs, params, use_tqdm=False)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    return f"vLLM {_release('vllm')} {'FP8' if setting == 'int8' else 'bf16'}", ask
+    return f"vLLM {_release('vllm')} {'FP8' if setting == 'int8' else 'bf16'}", generate
 
 
 def _release(package: str) -> str:
-    """Major and minor version, as `benchmarks.peers` names them."""
+    """Major and minor version, as in `benchmarks.peers`."""
     return ".".join(version(package).split(".")[:2])

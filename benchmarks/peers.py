@@ -1,9 +1,9 @@
-"""What others reach on the same machine, measured once; `benchmarks.live` measures some of them again.
+"""Recorded figures of other engines on the same machine; `benchmarks.live` can measure some of them again.
 
-The figures are of one NVIDIA H200 (2026-11-22, driver 580.159, torch 2.11.0+cu130), random weights in the 9B shape, the
-benchmarks' own workloads. vLLM ran in the process (`LLM.generate`), CUDA graphs and torch.compile on, prefix caching
-off, FlashAttention 3, max_num_batched_tokens 8192, max_num_seqs 64; INT8 is W8A8. Its screenshots start from a PIL
-image, those of transformers from ready pixel values. Its start is one with random weights, which reads no checkpoint.
+Measured on one NVIDIA H200 (2026-11-22, driver 580.159, torch 2.11.0+cu130) with the benchmarks' own workloads and
+random weights in the 9B shape. vLLM ran in-process (`LLM.generate`) with CUDA graphs, torch.compile, FlashAttention 3,
+prefix caching off, max_num_batched_tokens 8192, max_num_seqs 64; its INT8 is W8A8. vLLM's screenshots start from a PIL
+image, those of transformers from pixel values. vLLM's start uses random weights and reads no checkpoint.
 """
 
 INT8, FP8, BF16 = "vLLM 0.26 INT8", "vLLM 0.26 FP8", "vLLM 0.26 bf16"
@@ -37,5 +37,5 @@ MEASURED: dict[str, dict[tuple[str, str], dict[str, float]]] = {
 
 
 def measured(machine: str, name: str, setting: str) -> dict[str, float] | None:
-    """The peers' figures for one row, in the row's unit; None where there are none of this machine."""
+    """The peers' figures for one row, in the row's unit; None if there are none."""
     return MEASURED.get(machine, {}).get((name, setting))

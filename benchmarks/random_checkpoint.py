@@ -1,9 +1,9 @@
-"""Write a checkpoint directory of the published 9B shape with random weights: speed does not depend on the values.
+"""Write a checkpoint with the shape of AutoGLM-Phone-9B and random weights, for benchmarks.
 
     python -m benchmarks.random_checkpoint DIRECTORY
 
-Takes 21 GB of disk. The ids, limits and sizes are those of AutoGLM-Phone-9B; the tokenizer knows single bytes and the
-special tokens only, so text takes more tokens than with the published one.
+Takes 21 GB of disk. Token ids, limits and sizes are the published ones. The tokenizer has single bytes and the special
+tokens only, so texts take more tokens than with the published one.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def write(directory: Path, device: torch.device) -> None:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Bytes at the bottom, GLM's special tokens at their published ids, unused names between."""
+    """Single bytes at the first ids, GLM's special tokens at their published ids, unused names between them."""
     vocabulary = {text: index for index, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {f"unused{index}": index for index in range(len(vocabulary), FIRST_SPECIAL)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

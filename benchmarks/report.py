@@ -1,8 +1,8 @@
-"""What every benchmark has in common: its options, its rows, its table, its file.
+"""Shared by all benchmarks: command line options, rows, tables and result files.
 
-A result is one file `<machine>-<benchmark>.json`: machine, software, commit, date and rows. A row says what was
-measured (`name`), with which weights (`setting`), and beside the value what the hardware allows (`limit`) and what
-others reach (`peer`), all in the same unit; `also` holds what follows from the value, each figure under its unit.
+A result file `<machine>-<benchmark>.json` has the machine, software versions, commit, date and rows. A row has the name
+of the measurement, the weights' dtype (`setting`) and the value, and in the same unit the roofline or budget (`limit`)
+and the figures of other engines (`peer`). `also` has further figures by label.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from benchmarks import peers
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = ("int8", "bf16", "fp32")
-RATES = ("requests/s", "tokens/s", "GB/s", "TOPS", "TFLOP/s")  # units of which more is better
-MAKERS = ("NVIDIA", "GeForce", "Tesla")
+RATES = ("requests/s", "tokens/s", "GB/s", "TOPS", "TFLOP/s")  # units in which higher is better
+BRANDS = ("NVIDIA", "GeForce", "Tesla")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """How much of what the hardware allows is reached, 1 being all of it."""
+        """The fraction of the limit that is reached; 1 is optimal."""
         if self.limit is None or not self.value:
             return None
         return self.value / self.limit if self.unit in RATES else self.limit / self.value
@@ -50,14 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """One file. `software` is name and version; `commit` is None where it is not known; `note` may stay empty."""
+    """One result file. `software` maps names to versions; `commit` is None if unknown."""
 
     machine: str
     software: Mapping[str, str]
     commit: str | None
     date: str
     rows: Sequence[Row]
-    note: str = ""
 
     @classmethod
     def read(cls, path: Path) -> "Result":
@@ -67,8 +66,6 @@ class Result:
     def write(self, path: Path) -> None:
         content = asdict(self)
         content["rows"] = [{key: value for key, value in row.items() if value != {}} for row in content["rows"]]
-        if not self.note:
-            del content["note"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -76,24 +73,24 @@ class Result:
 def make_parser(description: str | None, settings: Sequence[str] = SETTINGS) -> argparse.ArgumentParser:
     """--machine, --setting, --out and --commit."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
-    parser.add_argument("--machine", default=machine_name(), help="how the result names the machine (%(default)s)")
-    parser.add_argument("--setting", choices=settings, default=settings[0], help="the weights (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS, help="where the result goes")
-    parser.add_argument("--commit", default=commit(), help="where the code is no git checkout: what it was taken from")
+    parser.add_argument("--machine", default=machine_name(), help="name of this machine in results (%(default)s)")
+    parser.add_argument("--setting", choices=settings, default=settings[0], help="dtype of weights (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS, help="folder of the result file")
+    parser.add_argument("--commit", default=commit(), help="commit of the code, if it is not a git checkout")
     return parser
 
 
 def read_options(description: str | None, peers: bool = False) -> argparse.Namespace:
-    """The options of a benchmark that loads a checkpoint itself."""
+    """The options of an in-process benchmark."""
     parser = make_parser(description, SETTINGS[:2])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="such as benchmarks.random_checkpoint writes")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="see benchmarks.random_checkpoint")
     if peers:
-        parser.add_argument("--peers", action="store_true", help="measure transformers and vLLM too, if installed")
+        parser.add_argument("--peers", action="store_true", help="also run transformers and vLLM, if installed")
     return parser.parse_args()
 
 
 def read_server_options(description: str | None) -> argparse.Namespace:
-    """The options of a benchmark that asks a running server; `machine` and `setting` say what that is."""
+    """The options of a benchmark of a running server; `machine` and `setting` must describe that server."""
     parser = make_parser(description)
     parser.add_argument("--server", default="127.0.0.1:8001", help="gRPC address (%(default)s)")
     return parser.parse_args()
@@ -107,17 +104,17 @@ def make_row(
     limit: float = math.nan,
     also: Mapping[str, float] | None = None,
 ) -> Row:
-    """A row of this machine and setting, with the peers' figures; `limit` NaN is none. Rounds to what can repeat."""
-    figures = {name: rounded(figure) for name, figure in (also or {}).items()}
-    least = None if math.isnan(limit) else rounded(limit)
+    """A row of this machine and setting, rounded, with the recorded figures of peers. A `limit` of NaN means none."""
+    figures = {label: rounded(figure) for label, figure in (also or {}).items()}
+    bound = None if math.isnan(limit) else rounded(limit)
     peer = peers.measured(options.machine, name, options.setting)
-    return Row(name, options.setting, rounded(value), unit, least, peer, figures)
+    return Row(name, options.setting, rounded(value), unit, bound, peer, figures)
 
 
 def report(options: argparse.Namespace, benchmark: str, rows: Sequence[Row]) -> Path:
-    """Print rows, and write them to the benchmark's file under `--out`.
+    """Print rows, and write them to the benchmark's result file.
 
-    Rows of other settings stay in the file if the same code on the same software has measured them.
+    Rows of other settings stay in the file if they were measured with the same commit and software.
     """
     for line in table(rows):
         print(line)
@@ -130,13 +127,13 @@ def report(options: argparse.Namespace, benchmark: str, rows: Sequence[Row]) -> 
             rows = sorted([*others, *rows], key=lambda row: SETTINGS.index(row.setting.split()[0]))
             result = Result(result.machine, result.software, result.commit, result.date, rows)
         elif others:
-            print(f"{len(others)} rows of {path} were measured with other code or software: they are dropped")
+            print(f"dropped {len(others)} rows of {path} that were measured with another commit or other software")
     result.write(path)
     return path
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Lines of text."""
     width = max((len(row.name) for row in rows), default=0)
     setting = max((len(row.setting) for row in rows), default=0)
     yield f"{'':{width}} {'':{setting}} {'value':>10} {'':10} {'limit':>10} {'share':>6}"
@@ -150,7 +147,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes; what is missing is left out."""
+    """Versions of the installed software that affects results."""
     found = {"python": platform.python_version()}
     for package in ("torch", "triton"):
         try:
@@ -164,32 +161,32 @@ def software() -> dict[str, str]:
 
 
 def machine_name() -> str:
-    """The first GPU's name in short, such as h200; `cpu` without one."""
+    """The first GPU's short name, such as h200; `cpu` without one."""
     if not torch.cuda.is_available():
         return "cpu"
     words = torch.cuda.get_device_name(0).split()
-    return "-".join(word for word in words if word not in MAKERS).lower()
+    return "-".join(word for word in words if word not in BRANDS).lower()
 
 
 def commit() -> str | None:
-    """The checked-out commit, marked where files differ from it; None outside of a git checkout."""
+    """The checked-out commit, with a suffix if the tree is dirty; None outside of a git checkout."""
     return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*") or None
 
 
 def needs_gpu() -> None:
-    """End the program where there is none, with status 2."""
+    """Exit with status 2 without a GPU."""
     if not torch.cuda.is_available():
-        print("this benchmark measures kernels and needs a CUDA device; there is none", file=sys.stderr)
+        print("this benchmark needs a CUDA device, and none is available", file=sys.stderr)
         raise SystemExit(2)
 
 
 def rounded(value: float) -> float:
-    """To four digits."""
+    """To four significant digits."""
     return float(f"{value:.4g}")
 
 
 def _output(*command: Any) -> str:
-    """What a command prints; nothing where it cannot be run."""
+    """The output of a command; "" if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

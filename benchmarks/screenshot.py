@@ -1,14 +1,14 @@
-"""A whole turn of a phone agent: from the bytes of a 1080x2400 PNG to the answer, ViT and engine in this process.
+"""One turn of a phone agent in one process: from a 1080x2400 PNG file to the answer.
 
     python -m benchmarks.screenshot --checkpoint DIR [--setting int8|bf16]
 
-The setting is that of the weights of the language model and of the ViT's blocks. Every image is another one (68x150
-random pixels, enlarged), with a short text: 3 422 tokens in all. The image's header is read, the chat rendered, the
-file decoded and resized, the ViT run, the prompt read.
-screenshot-first-token is the time to the token of a request for one, screenshot-65 to the last token of a request for
-65, medians; screenshot-16 are 16 requests for 65 tokens that come at once, 16 / seconds until the last one is done. As
-many images as the encoder has threads are in work at a time, and the language model answers beside the ViT on the same
-GPU.
+The setting is the dtype of the language model and of the ViT's blocks. Every image is new (68x150 random pixels,
+upscaled), with a short text: 3,422 tokens in total. Timed are reading the header, rendering the chat, decoding and
+resizing, the ViT, prefill and decoding.
+
+screenshot-first-token: time to first token; screenshot-65: time to the last of 65 tokens; medians. screenshot-16: 16
+concurrent requests for 65 tokens, 16 / seconds until the last one is done. The encoder's number of threads bounds the
+images in preprocessing; ViT and language model share the GPU.
 """
 
 import argparse
@@ -16,9 +16,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -29,124 +28,120 @@ from autoglm.config import load_config
 from autoglm.device import choose_device
 from autoglm.errors import RequestError
 from autoglm.preprocess.chat import ChatRenderer
-from autoglm.preprocess.messages import read_prompt
+from autoglm.preprocess.messages import read_user_prompt
 from autoglm.vision.encoder import VisionEncoder
 from benchmarks import limits
-from benchmarks.engines import Prompt, Stream, open_engine, submit
+from benchmarks.engines import BenchmarkPrompt, Stream, open_engine, submit
 from benchmarks.report import Row, make_row, read_options, report
 from benchmarks.screens import SIZE, random_screen, random_screens
 
 TEXT = "b" * 59
 TOKENS = 65
-AT_ONCE = 16
+CONCURRENCY = 16
 REPEATS = 7
 
 
 class Agent:
-    """Renderer, vision encoder and engine, as the server's three models would use them."""
+    """Chat renderer, vision encoder and engine, configured like the server's three models."""
 
-    def __init__(self, checkpoint: Checkpoint, setting: str, **changes: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, setting: str, **engine_config: int) -> None:
         config = load_config()
         device, dtype = choose_device(config.model)
         self.checkpoint = checkpoint
         self.limits = config.limits
         self.threads = config.vision.decode_threads
-        self.engine = open_engine(checkpoint, setting, **changes)
+        self.engine = open_engine(checkpoint, setting, **engine_config)
         vision = replace(config.vision, int8=setting == "int8")
         self.encoder = VisionEncoder(checkpoint, vision, config.limits, device, dtype)
-        tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-        context = min(config.engine.max_context, checkpoint.text.max_position_embeddings)
-        self.renderer = ChatRenderer(checkpoint, tokenizer, config.limits, context, config.chat.content_format)
+        self.renderer = ChatRenderer(
+            checkpoint,
+            Tokenizer.from_file(str(checkpoint.path / "tokenizer.json")),
+            config.limits,
+            max_context=min(config.engine.max_context, checkpoint.text.max_position_embeddings),
+            content_format=config.chat.content_format,
+        )
 
     def close(self) -> None:
         self.engine.close()
         self.encoder.close()
 
-    def read(self, data: bytes, text: str = TEXT) -> Prompt:
+    def prompt(self, data: bytes, text: str = TEXT) -> BenchmarkPrompt:
         """Render the chat and embed the image.
 
         Raises:
-            RequestError: the image cannot be used.
+            RequestError: the image is not accepted.
         """
-        prompt = self.renderer.render(read_prompt(text.encode(), [data], self.limits))
-        (image,) = prompt.images
+        rendered = self.renderer.render(read_user_prompt(text.encode(), [data], self.limits))
+        (image,) = rendered.images
         (features,) = self.encoder.encode([[image]])
         if isinstance(features, RequestError):
             raise features
-        return Prompt(prompt.token_ids, image.grid, image.hash.encode(), features)
+        return BenchmarkPrompt(rendered.token_ids, image.grid, image.media_hash.encode(), features)
 
     def ask(self, data: bytes, max_tokens: int) -> Stream:
-        (stream,) = submit(self.engine, [self.read(data)], max_tokens)
+        (stream,) = submit(self.engine, [self.prompt(data)], max_tokens)
         return stream
-
-
-@contextmanager
-def open_agent(checkpoint: Checkpoint, setting: str, **changes: int) -> Iterator[Agent]:
-    agent = Agent(checkpoint, setting, **changes)
-    try:
-        yield agent
-    finally:
-        agent.close()
 
 
 def measure(
     agent: Agent,
     options: argparse.Namespace,
+    *,
     size: tuple[int, int] = SIZE,
     tokens: int = TOKENS,
-    at_once: int = AT_ONCE,
+    concurrency: int = CONCURRENCY,
     repeats: int = REPEATS,
 ) -> list[Row]:
-    """The three rows, named after `tokens` and `at_once`."""
     rounds = max(1, repeats // 2)
-    screens = random_screens(1, 1 + at_once + 2 * repeats + at_once * rounds, size)
+    screens = random_screens(1, 1 + concurrency + 2 * repeats + concurrency * rounds, size)
 
-    def alone(max_tokens: int) -> float:
+    def one(max_tokens: int) -> float:
         data = next(screens)
-        began = time.perf_counter()
+        start = time.perf_counter()
         stream = agent.ask(data, max_tokens)
         stream.wait()
-        return stream.times[-1] - began
+        return stream.times[-1] - start
 
-    def together() -> float:
-        files = list(itertools.islice(screens, at_once))
-        began = time.perf_counter()
+    def concurrent() -> float:
+        files = list(itertools.islice(screens, concurrency))
+        start = time.perf_counter()
         with ThreadPoolExecutor(agent.threads) as threads:
             streams = list(threads.map(lambda data: agent.ask(data, tokens), files))
         for stream in streams:
             stream.wait()
-        return max(stream.times[-1] for stream in streams) - began
+        return max(stream.times[-1] for stream in streams) - start
 
-    alone(tokens)  # what happens once happens here
-    together()
-    first = statistics.median(alone(1) for _ in range(repeats))
-    whole = statistics.median(alone(tokens) for _ in range(repeats))
-    rate = at_once / statistics.median(together() for _ in range(rounds))
-    prompt = agent.renderer.render(read_prompt(TEXT.encode(), [random_screen(0, size)], agent.limits))
-    patches, length = math.prod(prompt.images[0].grid), len(prompt.token_ids)
-    least = partial(floor_ms, agent.checkpoint, options, patches, length)
+    one(tokens)  # warm-up
+    concurrent()
+    first = statistics.median(one(1) for _ in range(repeats))
+    last = statistics.median(one(tokens) for _ in range(repeats))
+    rate = concurrency / statistics.median(concurrent() for _ in range(rounds))
+    rendered = agent.renderer.render(read_user_prompt(TEXT.encode(), [random_screen(0, size)], agent.limits))
+    patches, length = math.prod(rendered.images[0].grid), len(rendered.token_ids)
+    limit = partial(limit_ms, agent.checkpoint, options, patches=patches, length=length)
+    rate_limit = concurrency * 1e3 / limit(turns=concurrency, tokens=tokens)
     also = {"prompt tokens": length}
     return [
-        make_row(options, "screenshot-first-token", first * 1e3, "ms", least(1, 1), also),
-        make_row(options, f"screenshot-{tokens}", whole * 1e3, "ms", least(1, tokens), also),
-        make_row(options, f"screenshot-{at_once}", rate, "requests/s", at_once * 1e3 / least(at_once, tokens), also),
+        make_row(options, "screenshot-first-token", first * 1e3, "ms", limit(turns=1, tokens=1), also),
+        make_row(options, f"screenshot-{tokens}", last * 1e3, "ms", limit(turns=1, tokens=tokens), also),
+        make_row(options, f"screenshot-{concurrency}", rate, "requests/s", rate_limit, also),
     ]
 
 
-def floor_ms(
-    checkpoint: Checkpoint, options: argparse.Namespace, patches: int, length: int, count: int, tokens: int
+def limit_ms(
+    checkpoint: Checkpoint, options: argparse.Namespace, *, patches: int, length: int, turns: int, tokens: int
 ) -> float:
-    """For `count` turns of `tokens` tokens: images and prompts one after another, then the steps of all together."""
+    """The roofline of concurrent turns: images and prompts one after another, then decode steps of all turns."""
     machine, setting, text = options.machine, options.setting, checkpoint.text
-    reading = limits.milliseconds(limits.encode(checkpoint.vision, patches, setting), machine, setting)
-    reading += limits.milliseconds(limits.prefill(text, setting, [length]), machine, setting)
-    step = limits.decode_step(text, setting, count, length + tokens / 2)
-    return count * reading + (tokens - 1) * limits.milliseconds(step, machine, setting)
+    prefill = limits.milliseconds(limits.encode(checkpoint.vision, patches, setting), machine, setting)
+    prefill += limits.milliseconds(limits.prefill(text, setting, [length]), machine, setting)
+    step = limits.decode_step(text, setting, turns, length + tokens / 2)
+    return turns * prefill + (tokens - 1) * limits.milliseconds(step, machine, setting)
 
 
 def main() -> None:
     options = read_options(__doc__)
-    with open_agent(Checkpoint.open(options.checkpoint), options.setting) as agent:
+    with closing(Agent(Checkpoint.open(options.checkpoint), options.setting)) as agent:
         rows = measure(agent, options)
     report(options, "screenshot", rows)
 

@@ -1,9 +1,9 @@
-"""What sparse attention saves and costs, as the README's table.
+"""Speed, memory and accuracy of sparse attention as the documentation's table.
 
     python -m benchmarks.sparsity_table [--machine h200]
 
-Times, memory and keys from benchmarks/results/<machine>-sparsity.json, the attention that is kept from
-cpu-attention.json; the demo checkpoint's accuracy, which `demo.quality` has measured, from demo/training/quality.json.
+Reads benchmarks/results/<machine>-sparsity.json, cpu-attention.json, and the demo checkpoint's accuracy as measured by
+`demo.quality`, demo/training/quality.json.
 """
 
 import argparse
@@ -17,29 +17,29 @@ from benchmarks.report import RESULTS
 
 QUALITY = Path(__file__).parents[1] / "demo" / "training" / "quality.json"
 RATIOS = (0.5, 0.4, 0.3, 0.2)
-SETTINGS = ("off", *(f"{mode} {ratio}" for mode in ("topk", "pages", "snap", "prune") for ratio in RATIOS))
-COLUMNS = {  # rows whose figures share a cell
-    "keys read": ("sparse-keys",),
+SETTINGS = ("off", *(f"{mode} {ratio}" for mode in ("topk", "pages", "prune") for ratio in RATIOS))
+COLUMNS = {  # the rows of each cell
+    "visual keys read": ("sparse-keys",),
     "attention kept": ("sparse-attention",),
-    "KV memory, MiB": ("sparse-memory",),
-    "prefill of 1 / 16 / 64, ms": ("sparse-prefill-1", "sparse-prefill-16", "sparse-prefill-64"),
-    "a token of 1 / 16 / 64, ms": ("sparse-decode-1", "sparse-decode-16", "sparse-decode-64"),
+    "KV cache, MiB": ("sparse-memory",),
+    "prefill, batch 1 / 16 / 64, ms": ("sparse-prefill-1", "sparse-prefill-16", "sparse-prefill-64"),
+    "time per output token, batch 1 / 16 / 64, ms": ("sparse-decode-1", "sparse-decode-16", "sparse-decode-64"),
 }
-WEIGHTS = {"sparse-attention": "bf16"}  # of the demo checkpoint; the others are INT8
+WEIGHTS = {"sparse-attention": "bf16"}  # the demo checkpoint's; other rows are INT8
 PERCENT = ("sparse-keys", "sparse-attention")
-DENSE = "unquantised"  # what `off` is called there
+DENSE = "unquantised"  # the name of `off` in quality.json
 
 
 def table(rows: Rows, quality: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown; without columns in which nothing was measured."""
+    """Lines of Markdown, without empty columns and rows."""
     lines = {setting: list(cells(rows, quality, setting)) for setting in SETTINGS}
-    heads = [*COLUMNS, "demo: taps right", "moved by, of 1000"]
-    shown = [place for place in range(len(heads)) if any(line[place] for line in lines.values())]
-    yield "| mode, ratio | " + " | ".join(heads[place] for place in shown) + " |"
+    heads = [*COLUMNS, "demo: correct taps", "mean tap shift, 1/1000"]
+    shown = [column for column in range(len(heads)) if any(line[column] for line in lines.values())]
+    yield "| mode, ratio | " + " | ".join(heads[column] for column in shown) + " |"
     yield "|---" * (len(shown) + 1) + "|"
     for setting, line in lines.items():
         if any(line):
-            yield f"| {setting} | " + " | ".join(line[place] for place in shown) + " |"
+            yield f"| {setting} | " + " | ".join(line[column] for column in shown) + " |"
 
 
 def cells(rows: Rows, quality: Mapping[str, Mapping[str, Any]], setting: str) -> Iterator[str]:
@@ -51,7 +51,7 @@ def cells(rows: Rows, quality: Mapping[str, Mapping[str, Any]], setting: str) ->
 
 
 def cell(rows: Rows, setting: str, names: tuple[str, ...]) -> str:
-    """The figures of a cell, nothing where one of them was not measured."""
+    """The figures of a cell; empty if one of them was not measured."""
     found = [row for name in names if (row := rows.get((name, f"{WEIGHTS.get(name, 'int8')} {setting}")))]
     if len(found) < len(names):
         return ""
@@ -60,7 +60,7 @@ def cell(rows: Rows, setting: str, names: tuple[str, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--machine", default="h200", help="whose results (%(default)s)")
+    parser.add_argument("--machine", default="h200", help="machine of the results (%(default)s)")
     options = parser.parse_args()
     quality = json.loads(QUALITY.read_text(encoding="utf-8"))
     rows = read_rows(RESULTS, "cpu") | read_rows(RESULTS, options.machine)

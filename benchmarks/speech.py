@@ -1,10 +1,9 @@
-"""How long the speech encoder takes for clips of ten seconds.
+"""The speech encoder on clips of ten seconds.
 
     python -m benchmarks.speech [--setting bf16|fp32] [--encoder DIR]
 
-From the bytes of WAV files (16 kHz, noise) to embeddings of the 9B shape on the device; nothing is cached. The encoder
-is that of a directory, by default one of wav2vec2-base's shape with random weights; the bridge is random. speech-N: N
-clips together, in one pass. Medians.
+From WAV files (16 kHz noise) to embeddings of the 9B shape on the device, uncached. The default encoder has
+wav2vec2-base's shape and random weights; the projector is random. speech-N: N clips in one pass. Medians.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
-from autoglm.audio.encoder import SpeechEncoder
+from autoglm.audio.encoder import AudioEncoder
 from autoglm.audio.projector import Projector, ProjectorConfig
 from autoglm.audio.speech import Speech
 from autoglm.config import AudioSection, load_config
@@ -29,69 +28,73 @@ from autoglm.errors import RequestError
 from autoglm.media.audio_file import AudioPart
 from benchmarks import limits
 from benchmarks.report import Row, make_parser, make_row, report
-from benchmarks.vision import seconds
+from benchmarks.vision import median_seconds
 
-SAMPLES, RATE = 160_000, 16_000
-AT_ONCE = (1, 16)
+NUM_SAMPLES, RATE = 160_000, 16_000
+BATCHES = (1, 16)
 REPEATS = 20
-EMBEDDING, BRIDGE, FRAMES_PER_TOKEN = 4096, 2048, 5
+EMBEDDING = 4096
 
 
-def measure(encoder: Path, options: argparse.Namespace, samples: int = SAMPLES, repeats: int = REPEATS) -> list[Row]:
-    """speech-N of an encoder's directory, for clips of so many samples."""
-    shape = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+def measure(
+    encoder_path: Path, options: argparse.Namespace, num_samples: int = NUM_SAMPLES, repeats: int = REPEATS
+) -> list[Row]:
+    config = json.loads((encoder_path / "config.json").read_text(encoding="utf-8"))
+    projector = ProjectorConfig(
+        frames_per_token=5, input_size=config["hidden_size"], hidden_size=2048, output_size=EMBEDDING
+    )
+    audio = AudioSection(feature_cache_mb=0)
+    device, _ = choose_device(load_config().model)
+    dtype = torch.bfloat16 if options.setting == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as bridge:
-        Projector(ProjectorConfig(FRAMES_PER_TOKEN, shape["hidden_size"], BRIDGE, EMBEDDING)).save(bridge)
-        speech = Speech.open(encoder, Path(bridge), EMBEDDING)
+        Projector(projector).save(bridge)
+        speech = Speech.open(encoder_path, Path(bridge), EMBEDDING)
         assert speech is not None
-        device, _ = choose_device(load_config().model)
-        dtype = torch.bfloat16 if options.setting == "bf16" else torch.float32
-        config = AudioSection(feature_cache_mb=0)
-        server = SpeechEncoder(speech, config, EMBEDDING, device, dtype)
-    parts = [AudioPart(noise(samples), "audio") for _ in range(max(AT_ONCE))]
+        encoder = AudioEncoder(speech, audio, EMBEDDING, device, dtype)
+    parts = [AudioPart(noise(num_samples), "audio") for _ in range(max(BATCHES))]
 
-    def encode(count: int) -> None:
-        for heard in server.encode([[speech.clip(part, "bridge", config)] for part in parts[:count]]):
-            if isinstance(heard, RequestError):
-                raise heard
+    def encode(batch: int) -> None:
+        for encoded in encoder.encode([[speech.clip(part, "bridge", audio)] for part in parts[:batch]]):
+            if isinstance(encoded, RequestError):
+                raise encoded
 
     try:
-        times = [seconds(partial(encode, count), repeats) for count in AT_ONCE]
+        times = [median_seconds(partial(encode, batch), repeats) for batch in BATCHES]
     finally:
-        server.close()
+        encoder.close()
     rows = []
-    for count, time in zip(AT_ONCE, times, strict=True):
-        work = hear(shape, samples, count)
-        least = limits.milliseconds(work, options.machine, "bf16") if options.setting == "bf16" else math.nan
-        rate = {"TFLOP/s": work.operations / time / 1e12}
-        rows.append(make_row(options, f"speech-{count}", 1e3 * time, "ms", least, rate))
+    for batch, seconds in zip(BATCHES, times, strict=True):
+        work = encoder_work(config, num_samples, batch)
+        limit = limits.milliseconds(work, options.machine, "bf16") if options.setting == "bf16" else math.nan
+        rate = {"TFLOP/s": work.operations / seconds / 1e12}
+        rows.append(make_row(options, f"speech-{batch}", 1e3 * seconds, "ms", limit, rate))
     return rows
 
 
-def hear(shape: dict[str, Any], samples: int, clips: int) -> limits.Work:
-    """The encoder over clips of so many samples; `shape` is its config.json. The bridge is not counted."""
-    operations, weights, channels, frames = 0, 0, 1, samples
-    for size, kernel, stride in zip(shape["conv_dim"], shape["conv_kernel"], shape["conv_stride"], strict=True):
+def encoder_work(config: dict[str, Any], num_samples: int, batch: int) -> limits.Work:
+    """The encoder on clips of `num_samples`, without the projector; `config` is its config.json."""
+    operations, weights, channels, frames = 0, 0, 1, num_samples
+    for size, kernel, stride in zip(config["conv_dim"], config["conv_kernel"], config["conv_stride"], strict=True):
         frames = (frames - kernel) // stride + 1
         weights += size * kernel * channels
         operations += 2 * frames * size * kernel * channels
         channels = size
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    positions = hidden * hidden // shape["num_conv_pos_embedding_groups"] * shape["num_conv_pos_embeddings"]
-    rest = channels * hidden + positions + layers * (4 * hidden * hidden + 2 * hidden * shape["intermediate_size"])
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    positions = hidden * hidden // config["num_conv_pos_embedding_groups"] * config["num_conv_pos_embeddings"]
+    rest = channels * hidden + positions + layers * (4 * hidden * hidden + 2 * hidden * config["intermediate_size"])
     operations += 2 * frames * rest + 4 * frames * frames * hidden * layers
-    return limits.Work(2 * (weights + rest), bf16=clips * operations)
+    return limits.Work(2 * (weights + rest), bf16=batch * operations)
 
 
-def noise(samples: int) -> bytes:
+def noise(num_samples: int) -> bytes:
     """A WAV file."""
     file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng().uniform(-0.5, 0.5, samples), RATE, "PCM_16", format="WAV")
+    soundfile.write(file, np.random.default_rng().uniform(-0.5, 0.5, num_samples), RATE, "PCM_16", format="WAV")
     return file.getvalue()
 
 
 def write_base(directory: Path) -> None:
-    """An encoder of wav2vec2-base's shape, which transformers' defaults are, with random weights."""
+    """Write an encoder of wav2vec2-base's shape (the defaults of transformers) with random weights."""
     import transformers
 
     untyped: Any = transformers
@@ -101,7 +104,7 @@ def write_base(directory: Path) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, ("bf16", "fp32"))
-    parser.add_argument("--encoder", type=Path, help="a directory (default: wav2vec2-base's shape, random weights)")
+    parser.add_argument("--encoder", type=Path, help="its directory (default: wav2vec2-base's shape, random weights)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         if options.encoder is None:

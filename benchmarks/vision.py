@@ -1,10 +1,10 @@
-"""How long the vision encoder takes for a 1080x2400 screenshot.
+"""The vision encoder on a 1080x2400 screenshot.
 
     python -m benchmarks.vision --checkpoint DIR [--setting int8|bf16]
 
-The setting is that of the blocks' products in the ViT. vit-N: the ViT alone, on N patches that lie on the device.
-png-to-embeddings: from a PNG's bytes (68x150 random pixels, enlarged; another one each time) to its embeddings on the
-device; png-to-embeddings-known: the same for a file that the feature cache knows. Medians.
+The setting is the dtype of the ViT's blocks. vit-N: the ViT alone, on N patches that are on the device.
+png-to-embeddings: from a PNG file (68x150 random pixels, upscaled; always a new one) to its embeddings on the device;
+png-to-embeddings-known: the same with a feature cache hit. Medians.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
@@ -33,14 +34,10 @@ def measure(
     checkpoint: Checkpoint, options: argparse.Namespace, size: tuple[int, int] = SIZE, repeats: int = REPEATS
 ) -> list[Row]:
     config = VisionSection(int8=options.setting == "int8", warm_up=(size,))
-    encoder = VisionEncoder(checkpoint, config, LimitsConfig(), *choose_device(load_config().model))
-    try:
-        grid = grid_of(smart_resize(size[1], size[0], checkpoint.image_limits), checkpoint.image_limits)
-        count = math.prod(grid)
-
-        images = [
-            ImageFile(data, grid, media_hash(data, grid), "image") for data in random_screens(0, repeats + 2, size)
-        ]
+    grid = grid_of(smart_resize(size[1], size[0], checkpoint.image_limits), checkpoint.image_limits)
+    images = [ImageFile(data, grid, media_hash(data, grid), "image") for data in random_screens(0, repeats + 2, size)]
+    device, dtype = choose_device(load_config().model)
+    with closing(VisionEncoder(checkpoint, config, LimitsConfig(), device, dtype)) as encoder:
 
         def encode(image: ImageFile) -> None:
             (features,) = encoder.encode([[image]])
@@ -48,34 +45,32 @@ def measure(
                 raise features
 
         vit = encoder.vit
-        width = vit.model.patch_embed.proj.weight[0].numel()
-        patches = torch.randn(count, width, device=encoder.device).to(encoder.dtype)
+        num_patches, width = math.prod(grid), vit.model.patch_embed.proj.weight[0].numel()
+        patches = torch.randn(num_patches, width, device=device).to(dtype)
         with torch.inference_mode():
-            alone = seconds(lambda: vit(patches, [grid]), repeats)
-        cold = seconds(lambda: encode(images.pop()), repeats)
-        warm = seconds(lambda: encode(images[0]), 3 * repeats)
-    finally:
-        encoder.close()
-    work = limits.encode(checkpoint.vision, count, options.setting)
-    least = limits.milliseconds(work, options.machine, options.setting)
+            alone = median_seconds(lambda: vit(patches, [grid]), repeats)
+        cold = median_seconds(lambda: encode(images.pop()), repeats)
+        warm = median_seconds(lambda: encode(images[0]), 3 * repeats)
+    work = limits.encode(checkpoint.vision, num_patches, options.setting)
+    limit = limits.milliseconds(work, options.machine, options.setting)
     rate = {"TFLOP/s": work.operations / alone / 1e12}
     return [
-        make_row(options, f"vit-{count}", alone * 1e3, "ms", least, rate),
-        make_row(options, "png-to-embeddings", cold * 1e3, "ms", least),
+        make_row(options, f"vit-{num_patches}", alone * 1e3, "ms", limit, rate),
+        make_row(options, "png-to-embeddings", cold * 1e3, "ms", limit),
         make_row(options, "png-to-embeddings-known", warm * 1e3, "ms"),
     ]
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median of so many runs to their end on the device, after one that does not count."""
-    found = []
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call until the device is done, after one warm-up."""
+    times = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def main() -> None:

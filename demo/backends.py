@@ -1,4 +1,4 @@
-"""Two ways to ask the demo model: the library in this process, and a running server through the client."""
+"""Two ways to query the demo model: the library in this process, and a running server through the client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -15,83 +15,116 @@ from tokenizers import Tokenizer
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import Config, EngineConfig
 from autoglm.device import choose_device
+from autoglm.errors import RequestError
 from autoglm.llm.engine import Engine
-from autoglm.llm.sequence import Output, Request
-from autoglm.preprocess.chat import ChatRenderer
-from autoglm.preprocess.messages import read_prompt
+from autoglm.llm.sequence import Clip, Output, Request
+from autoglm.preprocess.chat import ChatRenderer, RenderedPrompt
+from autoglm.preprocess.messages import read_user_prompt
 from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.vision.encoder import VisionEncoder
 
+if TYPE_CHECKING:
+    from autoglm.audio.encoder import EncodedClips
+
 MAX_TOKENS = 120
-PHONE_ACTION = {"type": "phone_action"}  # the form that answers are limited to where that is wanted
+PHONE_ACTION = {"type": "phone_action"}
 
 
 class Backend(Protocol):
-    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+    def answer(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
         """Answers to (encoded screenshot, task) pairs, in order."""
 
     def close(self) -> None: ...
 
 
 class LibraryBackend:
-    """The steps of the ensemble, one after another, in this process."""
+    """The steps of the ensemble, run in this process."""
 
-    def __init__(self, directory: Path, limited: bool = False) -> None:
+    def __init__(self, directory: Path, phone_action: bool = False) -> None:
+        """phone_action: use this response_format."""
         config = Config(engine=EngineConfig(kv_cache_mb=128))
-        device, dtype = choose_device(config.model)
+        self.device, self.dtype = choose_device(config.model)
         self.checkpoint = checkpoint = Checkpoint.open(directory)
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.limits = config.limits
-        self.renderer = ChatRenderer(checkpoint, self.tokenizer, config.limits, checkpoint.text.max_position_embeddings)
-        self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype)
-        self.sampling = SamplingParams(MAX_TOKENS, response_format=json.dumps(PHONE_ACTION) if limited else None)
-        self.engine = Engine.from_config(checkpoint, config, device, dtype)
+        self.limits, self.max_context = config.limits, checkpoint.text.max_position_embeddings
+        self.renderer = ChatRenderer(checkpoint, self.tokenizer, self.limits, max_context=self.max_context)
+        self.vision_encoder = VisionEncoder(checkpoint, config.vision, self.limits, self.device, self.dtype)
+        response_format = json.dumps(PHONE_ACTION) if phone_action else None
+        self.sampling_params = SamplingParams(max_tokens=MAX_TOKENS, response_format=response_format)
+        self.engine = Engine.from_config(checkpoint, config, self.device, self.dtype)
         self.engine.start()
 
-    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
-        prompts = [self.renderer.render(read_prompt(task.encode(), [image], self.limits)) for image, task in questions]
-        outputs: list[queue.SimpleQueue[Output]] = []
-        for prompt, embeddings in zip(prompts, self.encoder.encode([prompt.images for prompt in prompts]), strict=True):
-            if not isinstance(embeddings, torch.Tensor):
-                raise embeddings
-            sink: queue.SimpleQueue[Output] = queue.SimpleQueue()
-            grids, digests = [i.grid for i in prompt.images], [i.hash.encode() for i in prompt.images]
-            self.engine.submit(Request("", prompt.token_ids, self.sampling, sink.put, grids, digests, embeddings))
-            outputs.append(sink)
-        return [collect(sink) for sink in outputs]
+    def answer(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+        prompts = [
+            self.renderer.render(read_user_prompt(task.encode(), [image], self.limits)) for image, task in questions
+        ]
+        images = self.vision_encoder.encode([prompt.images for prompt in prompts])
+        sinks = [self.submit(*pair) for pair in zip(prompts, images, strict=True)]
+        return [collect(sink) for sink in sinks]
+
+    def submit(
+        self,
+        prompt: RenderedPrompt,
+        image_embeddings: torch.Tensor | RequestError,
+        audio: EncodedClips | RequestError | None = None,
+    ) -> queue.SimpleQueue[Output]:
+        """Submit a request to the engine; returns the queue that receives its outputs."""
+        if isinstance(image_embeddings, RequestError):
+            raise image_embeddings
+        if isinstance(audio, RequestError):
+            raise audio
+        transcripts = audio.transcripts if audio else []
+        sink: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        request = Request(
+            request_id="",
+            token_ids=prompt.token_ids,
+            sampling_params=self.sampling_params,
+            sink=sink.put,
+            image_grids=[image.grid for image in prompt.images],
+            image_hashes=[image.media_hash.encode() for image in prompt.images],
+            image_embeddings=image_embeddings,
+            clips=[
+                Clip(clip.media_hash.encode(), clip.num_tokens, transcript)
+                for clip, transcript in zip(prompt.clips, transcripts, strict=True)
+            ],
+            audio_embeddings=audio.embeddings if audio else None,
+        )
+        self.engine.submit(request)
+        return sink
 
     def close(self) -> None:
         self.engine.close()
-        self.encoder.close()
+        self.vision_encoder.close()
 
 
 def collect(sink: queue.SimpleQueue[Output]) -> str:
-    """The whole answer that an engine puts into `sink`."""
+    """Wait for the whole answer."""
     text = ""
     while True:
-        piece = sink.get()
-        if piece.error:
-            raise piece.error
-        text += piece.text
-        if piece.is_last:
+        output = sink.get()
+        if output.error:
+            raise output.error
+        text += output.text
+        if output.is_last:
             return text
 
 
 class ServerBackend:
-    """A running server, through gRPC."""
+    """A running server, over gRPC."""
 
-    def __init__(self, server: str, limited: bool = False, concurrency: int = 8) -> None:
-        from autoglm_client import Client  # the client is a package of its own, needed for this backend only
+    def __init__(self, server: str, phone_action: bool = False) -> None:
+        from autoglm_client import Client  # a separate package, needed only here
 
         self.client: Any = Client(server)
-        self.options = {"response_format": PHONE_ACTION} if limited else {}
-        self.threads = ThreadPoolExecutor(concurrency)
+        self.options = {"response_format": PHONE_ACTION} if phone_action else {}
+        self.threads = ThreadPoolExecutor(8)
 
-    def ask(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
-        return list(self.threads.map(self._ask, questions))
+    def answer(self, questions: Sequence[tuple[bytes, str]]) -> list[str]:
+        return list(self.threads.map(self._answer, questions))
 
-    def _ask(self, question: tuple[bytes, str]) -> str:
-        result = self.client.generate(prompt=question[1], images=[question[0]], max_tokens=MAX_TOKENS, **self.options)
+    def _answer(self, question: tuple[bytes, str]) -> str:
+        image, task = question
+        result = self.client.generate(prompt=task, images=[image], max_tokens=MAX_TOKENS, **self.options)
         return str(result.text)
 
     def close(self) -> None:

@@ -1,20 +1,19 @@
-"""Drawing the parts that screens are made of, and noting what stands where."""
-
-from __future__ import annotations
+"""Draws the parts of screens and records their elements."""
 
 import random
 
 from demo import vocabulary
-from demo.canvas import WIDTH, Box, Canvas, Color, ink_on
+from demo.canvas import WIDTH, Box, Canvas, ink_on
 from demo.elements import Element, Role, Split, held_out
+from demo.glyphs import Color
 
-# Where labels come from that are not typical of their place: applications twice as often.
+# Groups for labels that are not typical of their place; applications are twice as likely.
 GROUPS = (vocabulary.APPS, vocabulary.SETTINGS, vocabulary.BUTTONS, vocabulary.APPS, vocabulary.TABS)
 Words = dict[str, list[str]]  # by language
 
 
 class Builder:
-    """What the layouts share: choosing labels, and drawing the parts that screens are made of."""
+    """A screen while it is built: its canvas, its elements so far, and the parts that layouts share."""
 
     # Style of the screen's lists and fields.
     pictures = False
@@ -32,7 +31,7 @@ class Builder:
     # --- labels
 
     def pick(self, group: Words, width: float, size: float, mixed: float = 0.3) -> tuple[str, float] | None:
-        """An unused label that fits into `width`, and its font size; now and then from another group or language."""
+        """An unused label that fits `width`, and its font size; sometimes of another group or language."""
         rng = self.rng
         for _ in range(12):
             language = self.language if rng.random() < 0.9 else rng.choice(vocabulary.LANGUAGES)
@@ -51,7 +50,7 @@ class Builder:
         return self.split == "train" and not narrow and held_out(label, self.kind)
 
     def pick_icon(self, among: tuple[str, ...] = ()) -> str | None:
-        """An unused icon's name."""
+        """The name of an unused icon."""
         names = [name for name in among or vocabulary.ICONS if f"icon:{name}" not in self.used]
         if not names:
             return None
@@ -94,7 +93,7 @@ class Builder:
             canvas.rectangle((256, y - 6, 268, y + 6), outline=ink, line=1.5)
 
     def title_bar(self, titled: bool = True, icons: int | None = None) -> float:
-        """A bar with perhaps a back arrow, a title and icons; returns its lower edge."""
+        """Draw a bar with an optional back arrow, title and icons; returns its lower edge."""
         canvas, rng = self.canvas, self.rng
         top, bottom = 26.0, 26 + rng.uniform(46, 62)
         canvas.rectangle((0, top, WIDTH, bottom), canvas.theme.bar)
@@ -119,7 +118,7 @@ class Builder:
         return bottom
 
     def icon_button(self, name: str, x: float, y: float, color: Color, side: float, reach: float) -> None:
-        """An icon at (x, y) that can be tapped within `reach`."""
+        """Draw an icon centred at (x, y); its box extends `reach` in each direction."""
         mark = self.canvas.glyph(name, x, y, side, color)
         self.add(f"icon:{name}", (x - reach, y - reach, x + reach, y + reach), mark)
 
@@ -135,7 +134,7 @@ class Builder:
         self.add(found[0], box, mark)
 
     def row(self, top: float, bottom: float) -> None:
-        """A line of a list: perhaps a picture, a label, small print, and a switch, an arrow or a value."""
+        """Draw a row of a list: a label, and optionally a picture, small print, and a switch, arrow or value."""
         canvas, rng, theme = self.canvas, self.rng, self.canvas.theme
         left, right, middle = 18.0, WIDTH - 18.0, (top + bottom) / 2
         if self.pictures:
@@ -167,7 +166,7 @@ class Builder:
         self.add(found[0], (0, top, WIDTH, bottom), mark)
 
     def rows(self, top: float, bottom: float) -> None:
-        """A list that fills the space."""
+        """Fill the space with the rows of a list."""
         canvas, rng = self.canvas, self.rng
         self.pictures, self.round_pictures = rng.random() < 0.5, rng.random() < 0.5
         height = rng.uniform(48, 78)
@@ -185,7 +184,7 @@ class Builder:
                 top += 26
 
     def tab_bar(self) -> float:
-        """Named tabs at the lower edge; returns their upper edge."""
+        """Draw tabs at the lower edge; returns their upper edge."""
         canvas, rng, theme = self.canvas, self.rng, self.canvas.theme
         bottom = self.bottom
         top = bottom - rng.uniform(54, 66)
@@ -204,7 +203,7 @@ class Builder:
         return top
 
     def keyboard(self) -> None:
-        """Raises the keyboard: everything below its upper edge is covered."""
+        """Draw the keyboard; its upper edge becomes the bottom of the screen."""
         canvas, theme = self.canvas, self.canvas.theme
         top = self.bottom - self.rng.uniform(205, 250)
         dark = sum(theme.background) < 300
@@ -223,12 +222,12 @@ class Builder:
         self.bottom = top
 
     def field(self, box: Box, label: str, focused: bool, inside: bool) -> None:
-        """An input field; its name stands inside (`inside`) or is drawn above by this method."""
+        """Draw an input field with its name inside or above it."""
         canvas, rng, theme = self.canvas, self.rng, self.canvas.theme
         outline = theme.accent if focused else theme.line
         canvas.rounded(box, self.field_radius, theme.surface, outline, 2.5 if focused else 1.2)
         middle, left = (box[1] + box[3]) / 2, box[0] + 14
-        name = vocabulary.spoken(label, self.language)
+        name = vocabulary.name_of(label, self.language)
         if label == "field:search":
             mark = canvas.glyph("search", left + 8, middle, 18, theme.faint)
             left += 28

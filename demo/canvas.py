@@ -1,6 +1,4 @@
-"""Drawing in density-independent units: every screen is 360 wide, whatever its width in pixels."""
-
-from __future__ import annotations
+"""Drawing in density-independent units: every screen is 360 units wide."""
 
 import random
 from dataclasses import dataclass
@@ -9,9 +7,8 @@ from PIL import Image, ImageDraw
 
 from demo import vocabulary
 from demo.fonts import CHINESE, LATIN, font
-from demo.glyphs import GLYPHS, Pen
+from demo.glyphs import GLYPHS, Color, Pen
 
-Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 WIDTH = 360.0
@@ -23,13 +20,13 @@ ACCENTS: tuple[Color, ...] = (
 
 
 def ink_on(color: Color) -> Color:
-    """White or nearly black, whichever reads better on `color`."""
+    """White or nearly black, whichever contrasts with `color`."""
     return (255, 255, 255) if 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] < 150 else (20, 20, 24)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of one screen."""
+    """The colours of a screen."""
 
     background: Color
     surface: Color
@@ -41,7 +38,7 @@ class Theme:
     bar_text: Color
 
     @staticmethod
-    def pick(rng: random.Random) -> Theme:
+    def pick(rng: random.Random) -> "Theme":
         accent = rng.choice(ACCENTS)
         style = rng.random()
         if style < 0.3:  # dark
@@ -61,13 +58,15 @@ class Theme:
             background = (tint[0], tint[1], tint[2])
             surface = (min(255, tint[0] + 10), min(255, tint[1] + 10), min(255, tint[2] + 10))
             text, faint, line = (20, 20, 30), (110, 110, 120), (180, 180, 185)
-        if rng.random() < 0.3:
-            return Theme(background, surface, text, faint, line, accent, accent, ink_on(accent))
-        return Theme(background, surface, text, faint, line, accent, background, text)
+        bar, bar_text = (accent, ink_on(accent)) if rng.random() < 0.3 else (background, text)
+        return Theme(
+            background=background, surface=surface, text=text, faint=faint, line=line, accent=accent, bar=bar,
+            bar_text=bar_text,
+        )  # fmt: skip
 
 
 class Canvas:
-    """An image under construction, with the theme and fonts of its screen."""
+    """The image of a screen while it is drawn, with its theme and fonts."""
 
     def __init__(self, width: int, height: int, rng: random.Random) -> None:
         self.rng = rng
@@ -110,36 +109,35 @@ class Canvas:
         return font(*self._font(text, size)).getlength(text) / self.scale
 
     def fit(self, text: str, size: float, width: float, smallest: float = 14.0) -> float | None:
-        """The largest size up to `size` at which `text` is at most `width` wide; None when below `smallest`."""
+        """The largest font size up to `size` at which `text` fits `width`; None if below `smallest`."""
         wide = self.text_width(text, size)
         if wide > width:
             size *= width / wide * 0.99
         return size if size >= smallest else None
 
     def text(self, x: float, y: float, text: str, size: float, color: Color, anchor: str = "lm") -> Box:
-        """Draw `text` at (x, y), the meaning of which is Pillow's `anchor`, and return the box of its ink."""
+        """Draw `text` with its `anchor` (see Pillow) at (x, y); returns the box of its ink."""
         s = self.scale
         face = font(*self._font(text, size))
-        # The middle of a font is the middle of its line, which lies off the ink: the box says where the ink is.
         self.draw.text((x * s, y * s), text, color, face, anchor)
         left, top, right, bottom = face.getbbox(text, anchor=anchor)
         return (x + left / s, y + top / s, x + right / s, y + bottom / s)
 
     def glyph(self, name: str, x: float, y: float, side: float, color: Color) -> Box:
-        """Draw icon `name` centred at (x, y)."""
+        """Draw an icon centred at (x, y); returns its box."""
         s = self.scale
         weight = self.rng.uniform(0.09, 0.14)
         GLYPHS[name](Pen(self.draw, (x - side / 2) * s, (y - side / 2) * s, side * s, color, weight))
         return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
 
     def clutter(self, language: str, low: int, high: int) -> str:
-        """Words that are nobody's label."""
+        """A filler text, none of whose words is a label."""
         if language == "zh":
             return "".join(self.rng.choices(vocabulary.CLUTTER_ZH, k=self.rng.randint(low, high)))
         return " ".join(self.rng.choices(vocabulary.CLUTTER_EN, k=max(1, self.rng.randint(low, high) // 3)))
 
     def art(self, box: Box, round_shape: bool) -> None:
-        """A picture that means nothing: an application's icon or a photo."""
+        """Draw a meaningless picture: the icon of an application or a photo."""
         rng = self.rng
         color = rng.choice(ACCENTS)
         if rng.random() < 0.3:

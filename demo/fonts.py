@@ -1,6 +1,4 @@
-"""Finding the fonts that screens are drawn with. They come from Debian packages; none is committed."""
-
-from __future__ import annotations
+"""Finds the fonts of the screens, which Debian packages provide."""
 
 import os
 from functools import cache
@@ -26,29 +24,29 @@ DIRECTORIES = ("/usr/share/fonts", "/usr/local/share/fonts")
 
 
 class FontsMissing(RuntimeError):
-    """The message names the Debian packages to install."""
+    """Fonts are not installed; the message has the apt-get command."""
 
 
 @cache
 def _files() -> dict[str, Path]:
-    """File name -> path, over AUTOGLM_DEMO_FONTS (a directory, optional) and the system's font directories."""
+    """File name -> path, found in the directory AUTOGLM_DEMO_FONTS or else in the system's."""
     roots = [os.environ["AUTOGLM_DEMO_FONTS"]] if "AUTOGLM_DEMO_FONTS" in os.environ else list(DIRECTORIES)
     wanted = {**CHINESE, **LATIN}
     return {path.name: path for root in roots for path in sorted(Path(root).rglob("*.tt[cf]")) if path.name in wanted}
 
 
 def missing_packages() -> list[str]:
-    """The Debian packages whose fonts are not there, sorted; empty when every font was found."""
+    """The packages of the missing fonts, sorted."""
     return sorted({package for name, package in {**CHINESE, **LATIN}.items() if name not in _files()})
 
 
 def require_fonts() -> None:
-    """Raise FontsMissing, naming the apt command, unless every font is there."""
+    """Raise FontsMissing if any font is missing."""
     if packages := missing_packages():
         raise FontsMissing(f"fonts are missing: apt-get install --no-install-recommends {' '.join(packages)}")
 
 
 @cache
 def font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
-    """The font of file `name` at a height of `pixels`."""
+    """A font of `pixels` height."""
     return ImageFont.truetype(str(_files()[name]), pixels, layout_engine=ImageFont.Layout.BASIC)

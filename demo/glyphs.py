@@ -1,6 +1,4 @@
-"""Icons as a few strokes each, drawn into a square."""
-
-from __future__ import annotations
+"""Icons, drawn as a few strokes in a square."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +9,7 @@ Color = tuple[int, int, int]
 
 
 class Pen:
-    """Draws in unit coordinates (0..1 of a square) with one colour and one line width."""
+    """Draws with one colour and line width in the unit coordinates of a square."""
 
     def __init__(
         self, draw: ImageDraw.ImageDraw, left: float, top: float, side: float, color: Color, weight: float

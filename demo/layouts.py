@@ -1,6 +1,4 @@
-"""The kinds of screens, each a function that fills a Builder."""
-
-from __future__ import annotations
+"""The kinds of screens, each a function that draws one with a Builder."""
 
 from collections.abc import Callable
 
@@ -10,7 +8,7 @@ from demo.canvas import ACCENTS, WIDTH, ink_on
 
 
 def launcher(b: Builder) -> None:
-    """Rows of applications on a wallpaper."""
+    """A grid of applications on a wallpaper."""
     canvas, rng = b.canvas, b.rng
     if rng.random() < 0.6:
         wallpaper = [rng.randint(20, 235) for _ in range(3)]
@@ -54,7 +52,7 @@ def launcher(b: Builder) -> None:
 
 
 def settings(b: Builder) -> None:
-    """A titled list."""
+    """A list with a title."""
     top = b.title_bar()
     bottom = b.tab_bar() if b.rng.random() < 0.25 else b.bottom
     b.rows(top, bottom)
@@ -97,7 +95,7 @@ def dialog(b: Builder) -> None:
 
 
 def form(b: Builder) -> None:
-    """Input fields, one of which may have the keyboard."""
+    """Input fields, one of which may have the focus, with buttons below."""
     canvas, rng = b.canvas, b.rng
     top = b.title_bar(rng.random() < 0.7) + rng.uniform(8, 30)
     focused = rng.random() < 0.5
@@ -147,7 +145,7 @@ def search(b: Builder) -> None:
 
 
 def cards(b: Builder) -> None:
-    """Cards with a picture, a name and perhaps a button, above tabs."""
+    """Cards with a picture, a name and optionally a button, above tabs."""
     canvas, rng, theme = b.canvas, b.rng, b.canvas.theme
     bottom = b.tab_bar() if rng.random() < 0.8 else b.bottom
     top = b.title_bar(rng.random() < 0.6) + 8
@@ -176,7 +174,7 @@ def cards(b: Builder) -> None:
 
 
 def toolbar(b: Builder) -> None:
-    """Buttons that are icons only."""
+    """Icon buttons and a list."""
     canvas, rng, theme = b.canvas, b.rng, b.canvas.theme
     top = b.title_bar(rng.random() < 0.6, icons=rng.randint(1, 3)) + 10
     bottom = b.bottom
@@ -204,6 +202,7 @@ def toolbar(b: Builder) -> None:
     b.rows(top, bottom)
 
 
+# kind of screen -> (its weight among the kinds, its function)
 LAYOUTS: dict[str, tuple[float, Callable[[Builder], None]]] = {
     "launcher": (2.0, launcher),
     "list": (2.0, settings),

@@ -1,6 +1,4 @@
-"""The demo model: its sizes, its first weights, and writing it as a Hugging Face directory."""
-
-from __future__ import annotations
+"""The demo model: its configuration, its initial weights, and its export as a Hugging Face directory."""
 
 import json
 import math
@@ -20,7 +18,7 @@ from demo import phrases, vocabulary
 from demo.tokenizer import build_tokenizer, number_ids, save_tokenizer
 
 MERGES = 1300
-# 329,280 in the image processor's unit, 2 * height * width: 210 visual tokens at the most.
+# In the image processor's unit, 2 * height * width; 329,280 is 210 visual tokens.
 IMAGE_LIMITS = ImageLimits(
     min_pixels=12_544,
     max_pixels=329_280,
@@ -33,7 +31,7 @@ IMAGE_LIMITS = ImageLimits(
 
 
 def tokenizer() -> Tokenizer:
-    """The demo's tokenizer; the same every time."""
+    """Build the demo's tokenizer; deterministic."""
     return build_tokenizer(phrases.corpus(), MERGES)
 
 
@@ -60,7 +58,7 @@ def vision_config() -> VisionConfig:
 
 
 class DemoModel(nn.Module):
-    """The ViT and the language model together."""
+    """The ViT and the language model."""
 
     def __init__(self, text: TextConfig, vision: VisionConfig) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class DemoModel(nn.Module):
 
 
 def initialize(model: DemoModel, tok: Tokenizer, seed: int = 0) -> None:
-    """First weights. Embeddings have unit scale, because the sandwich norms add unit-size branches to them."""
+    """Set the initial weights. Embeddings have unit scale, like the branches that the sandwich norms add to them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor, std: float) -> None:
@@ -91,27 +89,27 @@ def initialize(model: DemoModel, tok: Tokenizer, seed: int = 0) -> None:
     _similar_words(table, tok, generator)
     table[number_ids(tok)] = number_codes(table.shape[1], generator)
     model.language.embed_tokens.weight.data.copy_(table)
-    # The head reads out what the embeddings write.
+    # Input and output embeddings start out equal up to scale.
     head = model.language.get_parameter("lm_head.weight")
     head.data.copy_(table / table.shape[1] ** 0.5)
 
 
 def number_codes(size: int, generator: torch.Generator) -> torch.Tensor:
-    """Embeddings of 0..999, [1000, size], of unit scale.
+    """Embeddings of the numbers 0..999, [1000, size], of unit scale.
 
-    Three quarters are alike for numbers close together (random Fourier features), so that places can be learnt as
-    places; the rest is random, so that a number can be copied exactly.
+    Three quarters of the dimensions are random Fourier features, which are similar for close numbers: coordinates are
+    learnt as coordinates. The others are random: a number can be copied exactly.
     """
-    waves = size * 3 // 8
-    lengths = 3.0 * (300.0 / 3.0) ** torch.rand(waves, generator=generator)
-    angles = torch.arange(1000)[:, None] / lengths + torch.rand(waves, generator=generator) * 2 * math.pi
+    num_waves = size * 3 // 8
+    wavelengths = 3.0 * (300.0 / 3.0) ** torch.rand(num_waves, generator=generator)
+    angles = torch.arange(1000)[:, None] / wavelengths + torch.rand(num_waves, generator=generator) * 2 * math.pi
     smooth = torch.cat((angles.cos(), angles.sin()), dim=1) * math.sqrt(2)
-    return torch.cat((smooth, torch.randn(1000, size - 2 * waves, generator=generator)), dim=1)
+    return torch.cat((smooth, torch.randn(1000, size - 2 * num_waves, generator=generator)), dim=1)
 
 
 def _similar_words(table: torch.Tensor, tok: Tokenizer, generator: torch.Generator) -> None:
-    """A word with a space before it, or in lower case, begins near the word itself."""
-    for word in sorted({name for label in vocabulary.labels() for name in spoken_forms(label)}):
+    """Initialize each name in lower case or after a space close to the name itself."""
+    for word in sorted({name for label in vocabulary.labels() for name in vocabulary.names_of(label)}):
         origins = tok.encode(word).ids
         for form in (" " + word, word.lower(), " " + word.lower()):
             ids = tok.encode(form).ids
@@ -123,13 +121,8 @@ def _similar_words(table: torch.Tensor, tok: Tokenizer, generator: torch.Generat
                     table[near] = 0.9 * table[origin] + 0.436 * noise
 
 
-def spoken_forms(label: str) -> list[str]:
-    """How tasks name a label, in each language."""
-    return list(dict.fromkeys(vocabulary.spoken(label, language) for language in vocabulary.LANGUAGES))
-
-
 def export(model: DemoModel, tok: Tokenizer, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the directory that transformers and the server read."""
+    """Write a checkpoint directory for transformers and the server."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name if name.startswith("lm_head") else prefix + name: tensor.detach().to("cpu", dtype).contiguous()
@@ -139,12 +132,12 @@ def export(model: DemoModel, tok: Tokenizer, directory: Path, dtype: torch.dtype
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(tok, directory)
-    for name, content in _settings(model, tok, dtype).items():
+    for name, content in _config_files(model, tok, dtype).items():
         text = json.dumps(content, ensure_ascii=False, indent=2)
         (directory / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _settings(model: DemoModel, tok: Tokenizer, dtype: torch.dtype) -> dict[str, dict[str, object]]:
+def _config_files(model: DemoModel, tok: Tokenizer, dtype: torch.dtype) -> dict[str, dict[str, object]]:
     text, vision = model.language.config, model.visual.config
     pad = tok.token_to_id("<|endoftext|>")
     eos = [tok.token_to_id(name) for name in ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")]
@@ -152,7 +145,7 @@ def _settings(model: DemoModel, tok: Tokenizer, dtype: torch.dtype) -> dict[str,
     shared = asdict(text)
     rotary, section = shared.pop("rotary_dim"), shared.pop("mrope_section")
     vision_settings = {"model_type": "glm4v_vision", **asdict(vision), "hidden_act": "silu", "attention_dropout": 0.0}
-    vision_settings.pop("rope_theta")  # the class has no other
+    vision_settings.pop("rope_theta")  # fixed in transformers
     theta, tied = shared.pop("rope_theta"), shared.pop("tie_word_embeddings")
     config = {
         "architectures": ["Glm4vForConditionalGeneration"],

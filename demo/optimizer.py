@@ -1,6 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else."""
-
-from __future__ import annotations
+"""Muon (Jordan et al., 2024), used for the matrices inside the blocks; AdamW updates the other parameters."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,7 +10,7 @@ BETA = 0.95
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """[n, rows, columns] -> the nearest matrices with singular values about 1 (five Newton-Schulz steps, in bf16)."""
+    """Matrices [n, rows, columns] -> nearby ones with singular values about 1, by five Newton-Schulz steps in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -27,7 +25,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """Momentum, then an orthogonal step; matrices of one shape and one rate are done together."""
+    """Nesterov momentum with orthogonalized updates, batched over the matrices of one shape and part of the model."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
         groups: dict[tuple[str, tuple[int, int]], list[nn.Parameter]] = defaultdict(list)
@@ -42,7 +40,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rates: dict[str, float]) -> None:
-        """`rates`: part of the model -> step size, as the spectral norm of a square matrix's update; others rest."""
+        """Update the parts of the model in `rates`: part -> spectral norm of the update of a square matrix."""
         for (part, shape), members in self.groups.items():
             if part not in rates:
                 continue
@@ -73,7 +71,7 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def split_parameters(model: nn.Module) -> tuple[Named, Named]:
-    """(for Muon, for AdamW): Muon gets the matrices of the blocks and of the merger."""
+    """The parameters for Muon, which are the matrices of the blocks and the merger, and those for AdamW."""
     matrices: Named = []
     rest: Named = []
     for name, parameter in model.named_parameters():

@@ -1,6 +1,4 @@
-"""How users say things and how the model answers, in both languages; and the corpus of the tokenizer."""
-
-from __future__ import annotations
+"""Templates of tasks and answers in both languages, and the tokenizer's training corpus."""
 
 import random
 
@@ -121,7 +119,7 @@ SYSTEM = (
 
 
 def system_message(rng: random.Random) -> str:
-    """One of ours, or any text."""
+    """A system message from SYSTEM, or random words."""
     if rng.random() < 0.6:
         return rng.choice(SYSTEM)
     if rng.random() < 0.5:
@@ -129,8 +127,8 @@ def system_message(rng: random.Random) -> str:
     return "".join(rng.choices(vocabulary.CLUTTER_ZH, k=rng.randint(6, 60))) + "。"
 
 
-def surroundings(rng: random.Random) -> str:
-    """What the real client appends to a task, or nothing."""
+def app_context(rng: random.Random) -> str:
+    """The current app as AutoGLM's client appends it to a task, or nothing."""
     if rng.random() < 0.6:
         return ""
     language = rng.choice(vocabulary.LANGUAGES)
@@ -139,11 +137,11 @@ def surroundings(rng: random.Random) -> str:
 
 
 def corpus() -> list[str]:
-    """Every fragment that texts are made of, for the tokenizer: no fragment runs over a label's edge."""
+    """The fragments of all texts, split at labels so that no merge crosses a label's boundary."""
     pieces: list[str] = []
     for label in vocabulary.labels():
         for language in vocabulary.LANGUAGES:
-            name = vocabulary.spoken(label, language)
+            name = vocabulary.name_of(label, language)
             pieces += [name] * 40 + [f" {name}"] * 40 + [name.lower(), f" {name.lower()}"] * 20
     forms: list[str] = [*SYSTEM, '\n\n{"current_app": "', '"}', "System Home", "** Screen Info **\n\n{"]
     for language in vocabulary.LANGUAGES:

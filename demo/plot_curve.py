@@ -1,72 +1,45 @@
-"""Draws training's log: `python -m demo.plot_curve` reads demo/training/log.jsonl and writes curve.png beside it."""
+"""Plots the training log: `python -m demo.plot_curve` reads demo/training/log.jsonl and writes curve.png next to it.
 
-from __future__ import annotations
+Needs matplotlib, from the extra `benchmark`.
+"""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-WIDTH, HEIGHT = 1200, 640
-LEFT, TOP, RIGHT, BOTTOM = 70, 50, 960, 580
-GREY = (120, 120, 120)
-
-# name of a measure in the log -> (its name in the legend, colour)
-CURVES = {
-    "labels": ("label of a visual token (training)", (170, 200, 235)),
-    "held_out_labels": ("label of a visual token", (25, 118, 210)),
-    "taps_right": ("whole answer of a tap (training)", (245, 190, 160)),
-    "held_out_Tap": ("whole answer of a Tap", (216, 67, 21)),
-    "held_out_Launch": ("whole answer of a Launch", (0, 137, 123)),
-    "held_out_Type": ("whole answer of a Type", (123, 31, 162)),
-    "held_out_finish": ("whole answer of a finish", (90, 90, 90)),
+CURVES = {  # key in the log: label and colour
+    "labels": ("label of a visual token (training)", "#aac8eb"),
+    "held_out_labels": ("label of a visual token", "#1976d2"),
+    "taps_right": ("whole answer of a tap (training)", "#f5bea0"),
+    "held_out_Tap": ("whole answer of a Tap", "#d84315"),
+    "held_out_Launch": ("whole answer of a Launch", "#00897b"),
+    "held_out_Type": ("whole answer of a Type", "#7b1fa2"),
+    "held_out_finish": ("whole answer of a finish", "#5a5a5a"),
 }
 
 
-def draw(lines: list[dict[str, Any]]) -> Image.Image:
-    """Shares of right answers over steps, and where the language model joins."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
-    pen = ImageDraw.Draw(image)
-    small, large = ImageFont.load_default(15), ImageFont.load_default(20)
-    last = max(line["step"] for line in lines)
-
-    def place(step: float, share: float) -> tuple[float, float]:
-        return LEFT + (RIGHT - LEFT) * step / last, BOTTOM - (BOTTOM - TOP) * share
-
-    pen.text((LEFT, 14), "Share that is right, over training steps (held-out screens unless said)", (0, 0, 0), large)
-    for tenth in range(0, 11, 2):
-        _, y = place(0, tenth / 10)
-        pen.line((LEFT, y, RIGHT, y), (228, 228, 228))
-        pen.text((LEFT - 10, y), f"{tenth * 10} %", GREY, small, "rm")
-    for step in range(0, last + 1, 1000):
-        x, _ = place(step, 0)
-        pen.line((x, BOTTOM, x, BOTTOM + 5), GREY)
-        pen.text((x, BOTTOM + 10), str(step), GREY, small, "ma")
-    joins = next((line["step"] for line in lines if "taps_right" in line), None)
-    if joins is not None:
-        x, _ = place(joins, 0)
-        pen.line((x, TOP, x, BOTTOM), GREY, 2)
-        pen.text((x + 6, BOTTOM - 24), "the language model joins", GREY, small)
-    for row, (key, (name, color)) in enumerate(CURVES.items()):
-        points = [
-            place(line["step"], line[key]) for line in lines if line.get(key) is not None and line[key] == line[key]
-        ]
-        if len(points) > 1:
-            pen.line(points, color, 3 if key.startswith("held_out") else 1, joint="curve")
-        y = TOP + 16 + 26 * row
-        pen.line((RIGHT + 14, y, RIGHT + 34, y), color, 4)
-        pen.text((RIGHT + 40, y), name, (0, 0, 0), ImageFont.load_default(13), "lm")
-    return image
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--log", type=Path, default=Path("demo/training/log.jsonl"))
     log: Path = parser.parse_args().log
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    draw(lines).save(log.with_name("curve.png"), optimize=True)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = figure.add_subplot(title="Accuracy over training steps, on held-out screens unless marked (training)")
+    for key, (label, color) in CURVES.items():
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, label=label, linewidth=2 if "held_out" in key else 1)
+    joins = next((line["step"] for line in lines if "taps_right" in line), None)
+    if joins is not None:
+        axes.axvline(joins, color="#787878")
+        axes.annotate(" language model training begins", (joins, 0), color="#787878")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(log.with_name("curve.png"), dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Phone screens drawn from a seed, with the place and name of everything on them that a task can refer to."""
-
-from __future__ import annotations
+"""Draws phone screens from seeds, with the labels and boxes of their elements."""
 
 import random
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ SIZES = ((1080, 2400), (1080, 1920), (720, 1600), (1080, 2340), (1440, 3200), (1
 
 @dataclass(frozen=True)
 class Screen:
-    """An image with its elements; no label occurs twice."""
+    """An image with its elements, whose labels are distinct. `kind` is a key of LAYOUTS."""
 
     image: Image.Image
     elements: tuple[Element, ...]
@@ -26,7 +24,7 @@ class Screen:
 
 
 def draw_size(rng: random.Random, training: bool, among: tuple[tuple[int, int], ...] = SIZES) -> tuple[int, int]:
-    """A phone's width and height in pixels; training also draws small ones, which cost less."""
+    """Draw the width and height of a screen in pixels. Training mostly uses smaller, cheaper ones."""
     width, height = rng.choice(among)
     if training:
         small = rng.choices((360, 432, 540, 720, width), (30, 25, 30, 10, 5))[0]
@@ -35,9 +33,10 @@ def draw_size(rng: random.Random, training: bool, among: tuple[tuple[int, int], 
 
 
 def render(seed: int, split: Split = "test", size: tuple[int, int] | None = None) -> Screen:
-    """Draw the screen of `seed`; `size` is (width, height) in pixels, drawn from the seed when None.
+    """Draw the screen of a seed; the splits have different screens for the same seed.
 
-    Training and test seeds never meet: the split is part of the seed.
+    Args:
+        size: (width, height) in pixels; None draws it from the seed.
     """
     rng = random.Random(f"{split}/{seed}")
     width, height = size or draw_size(rng, split == "train")

@@ -1,6 +1,4 @@
-"""Worker processes that draw screens for ever, and the pool on the device that training samples from."""
-
-from __future__ import annotations
+"""Worker processes that draw screens, and the pool of records on the device that training samples from."""
 
 import contextlib
 import ctypes
@@ -16,16 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from demo.elements import Split
-from demo.records import GRIDS, Arrays, Layout, Writer
+from demo.records import GRIDS, Arrays, RecordSpec, RecordWriter
 
 BLOCK = 32  # records in a block of shared memory
+FIRST_GRID_SHARE = 0.72  # of screens with GRIDS[0]; the others have GRIDS[1]
 
 
-def _views(memory: Any, layout: Layout, count: int) -> Arrays:
-    """Arrays for `count` records over raw shared memory."""
+def _views(memory: Any, spec: RecordSpec, count: int) -> Arrays:
+    """Arrays of `count` records in shared memory, each aligned to 64 bytes."""
     arrays: Arrays = {}
     offset = 0
-    for name, (shape, dtype) in layout.fields().items():
+    for name, (shape, dtype) in spec.fields().items():
         items = count * int(np.prod(shape))
         array: NDArray[Any] = np.frombuffer(memory, dtype, items, offset)
         arrays[name] = array.reshape(count, *shape)
@@ -33,44 +32,40 @@ def _views(memory: Any, layout: Layout, count: int) -> Arrays:
     return arrays
 
 
-def _bytes(layout: Layout, count: int) -> int:
-    sizes = (count * int(np.prod(s)) * np.dtype(t).itemsize for s, t in layout.fields().values())
+def _bytes(spec: RecordSpec, count: int) -> int:
+    sizes = (count * int(np.prod(s)) * np.dtype(t).itemsize for s, t in spec.fields().values())
     return sum(-(-size // 64) * 64 for size in sizes)
 
 
-def _grid_choice(rng: random.Random) -> int:
-    return 0 if rng.random() < 0.72 else 1
-
-
-def _work(writer: Writer, memories: list[Any], free: Any, ready: Any, first_seed: int, only_taps: Any) -> None:
+def _work(writer: RecordWriter, blocks: list[Any], free: Any, ready: Any, first_seed: int, only_taps: Any) -> None:
+    """Fill the blocks whose indices are in `free`; the indices of filled ones go to `ready`."""
     rng = random.Random(first_seed)
     seeds = itertools.count(first_seed)
     while True:
-        slot = free.get()
-        if slot is None:
-            return
-        which = _grid_choice(rng)
-        arrays = _views(memories[slot], Layout(GRIDS[which]), BLOCK)
+        block = free.get()
+        grid_index = 0 if rng.random() < FIRST_GRID_SHARE else 1
+        grid = GRIDS[grid_index]
+        arrays = _views(blocks[block], RecordSpec(grid), BLOCK)
         for row in range(BLOCK):
-            writer.write(arrays, row, next(seeds), "train", bool(only_taps.value), GRIDS[which])
-        ready.put((slot, which))
+            writer.write(arrays, row, next(seeds), "train", only_taps=bool(only_taps.value), grid=grid)
+        ready.put((block, grid_index))
 
 
 class Stream:
-    """Starts the workers (by fork: create it before CUDA) and keeps a pool of recent records per grid on the device."""
+    """Forks the workers and keeps a pool of recent records per grid on the device. Create it before CUDA is used."""
 
-    def __init__(self, writer: Writer, workers: int, first_seed: int, capacity: int) -> None:
+    def __init__(self, writer: RecordWriter, workers: int, first_seed: int, capacity: int) -> None:
         context = multiprocessing.get_context("fork")
-        size = max(_bytes(Layout(grid), BLOCK) for grid in GRIDS)
-        self.memories = [context.RawArray(ctypes.c_uint8, size) for _ in range(3 * workers)]
+        size = max(_bytes(RecordSpec(grid), BLOCK) for grid in GRIDS)
+        self.blocks = [context.RawArray(ctypes.c_uint8, size) for _ in range(3 * workers)]
         self.free, self.ready = context.Queue(), context.Queue()
         self.only_taps = context.Value(ctypes.c_bool, True)
-        for slot in range(len(self.memories)):
-            self.free.put(slot)
+        for block in range(len(self.blocks)):
+            self.free.put(block)
         self.workers = [
             context.Process(
                 target=_work,
-                args=(writer, self.memories, self.free, self.ready, first_seed + k * 10**9, self.only_taps),
+                args=(writer, self.blocks, self.free, self.ready, first_seed + k * 10**9, self.only_taps),
                 daemon=True,
             )
             for k in range(workers)
@@ -78,13 +73,13 @@ class Stream:
         for worker in self.workers:
             worker.start()
         self.capacity = capacity // BLOCK * BLOCK
-        self.written = [0 for _ in GRIDS]
+        self.written = [0 for _ in GRIDS]  # records so far
         self.pools: list[dict[str, torch.Tensor]] = []
 
     def open(self, device: torch.device) -> None:
-        """Begin to move records to `device`."""
+        """Start moving records to a device."""
         for grid in GRIDS:
-            arrays = Layout(grid).empty(1)
+            arrays = RecordSpec(grid).empty(1)
             self.pools.append(
                 {
                     name: torch.empty((self.capacity, *a.shape[1:]), dtype=torch.from_numpy(a).dtype, device=device)
@@ -96,22 +91,22 @@ class Stream:
     def _move(self, device: torch.device) -> None:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         while True:
-            slot, which = self.ready.get()
-            arrays = _views(self.memories[slot], Layout(GRIDS[which]), BLOCK)
-            start = self.written[which] % self.capacity
+            block, grid_index = self.ready.get()
+            arrays = _views(self.blocks[block], RecordSpec(GRIDS[grid_index]), BLOCK)
+            start = self.written[grid_index] % self.capacity
             with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
                 for name, array in arrays.items():
-                    self.pools[which][name][start : start + BLOCK].copy_(torch.from_numpy(array))
+                    self.pools[grid_index][name][start : start + BLOCK].copy_(torch.from_numpy(array))
             if stream:
                 stream.synchronize()
-            self.written[which] += BLOCK
-            self.free.put(slot)
+            self.written[grid_index] += BLOCK
+            self.free.put(block)
 
-    def sample(self, which: int, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """`count` records of grid number `which`, drawn at random from the pool."""
-        filled = min(self.written[which], self.capacity)
+    def sample(self, grid_index: int, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Draw `count` records of one grid from the pool."""
+        filled = min(self.written[grid_index], self.capacity)
         index = torch.randint(filled, (count,), generator=generator, device=generator.device)
-        return {name: tensor[index] for name, tensor in self.pools[which].items()}
+        return {name: tensor[index] for name, tensor in self.pools[grid_index].items()}
 
     def ready_for(self, count: int) -> bool:
         return min(self.written) >= count
@@ -121,18 +116,18 @@ class Stream:
             worker.terminate()
 
 
-def _batch(job: tuple[Writer, int, Split, int, int]) -> Arrays:
-    writer, which, split, first_seed, count = job
-    arrays = Layout(GRIDS[which]).empty(count)
+def _batch(job: tuple[RecordWriter, int, Split, int, int]) -> Arrays:
+    writer, grid_index, split, first_seed, count = job
+    arrays = RecordSpec(GRIDS[grid_index]).empty(count)
     for row in range(count):
-        writer.write(arrays, row, first_seed + row, split, False, GRIDS[which])
+        writer.write(arrays, row, first_seed + row, split, only_taps=False, grid=GRIDS[grid_index])
     return arrays
 
 
-def records(writer: Writer, which: int, split: Split, count: int, workers: int) -> dict[str, torch.Tensor]:
-    """`count` records of one grid, made by a short-lived pool of processes (by fork: before CUDA)."""
+def records(writer: RecordWriter, grid_index: int, split: Split, count: int, workers: int) -> dict[str, torch.Tensor]:
+    """Create `count` records of one grid in forked processes; call it before CUDA is used."""
     share = max(1, count // max(1, workers))
-    jobs = [(writer, which, split, 1_000_000 * (k + 1), share) for k in range(count // share)]
+    jobs = [(writer, grid_index, split, 1_000_000 * (k + 1), share) for k in range(count // share)]
     if workers <= 1:
         parts = [_batch(job) for job in jobs]
     else:

@@ -1,6 +1,4 @@
-"""The demo's tokenizer: GLM's rules and special tokens over a small vocabulary."""
-
-from __future__ import annotations
+"""The demo's tokenizer: GLM-4's pre-tokenization and special tokens, with a small vocabulary."""
 
 import json
 from pathlib import Path
@@ -14,7 +12,7 @@ SPECIAL = [
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>"),
 ]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# As in GLM-4: words take one character before them, digits go in groups of up to three.
+# As in GLM-4: a word includes one preceding character, digits are grouped by up to three.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,7 +53,7 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def build_tokenizer(corpus: list[str], merges: int) -> Tokenizer:
-    """Byte-level BPE: all bytes, all numbers 0..999 whole, at most `merges` merges learnt from `corpus`, and GLM's
+    """Byte-level BPE with one token for each number 0..999, at most `merges` merges learnt from `corpus`, and GLM-4's
     special tokens."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = _splitter()
@@ -65,7 +63,7 @@ def build_tokenizer(corpus: list[str], merges: int) -> Tokenizer:
     )
     learner.train_from_iterator(corpus, trainer)
     learnt = json.loads(learner.to_str())["model"]["merges"]
-    # Two ways to each number of three digits, so that it becomes whole whichever pair is merged first.
+    # Both ways to build each three-digit number: it becomes one token whichever pair of digits is merged first.
     digits = [(str(n)[:-1], str(n)[-1]) for n in range(10, 1000)]
     digits += [(str(n)[0], str(n)[1:]) for n in range(100, 1000) if str(n)[1] != "0"]
     pairs = digits + [(left, right) for left, right in learnt if not (left + right).isdigit()]
@@ -81,14 +79,14 @@ def build_tokenizer(corpus: list[str], merges: int) -> Tokenizer:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that is surely there."""
+    """The id of a token that the vocabulary has."""
     found: int | None = tokenizer.token_to_id(token)
     assert found is not None, token
     return found
 
 
 def number_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of 0..999."""
+    """The token ids of the numbers 0..999."""
     return [token_id(tokenizer, str(n)) for n in range(1000)]
 
 

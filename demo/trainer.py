@@ -1,6 +1,4 @@
-"""One training run's model, optimisers and schedule."""
-
-from __future__ import annotations
+"""The model, optimizers and schedule of a training run."""
 
 import json
 import math
@@ -11,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo import model as demo_model
-from demo import phrases
-from demo.losses import Batch, Heads, Targets, answer, read, see
+from demo import phrases, vocabulary
+from demo.losses import AuxiliaryHeads, Batch, LossAndMeasures, LossTables, answer_loss, encode_images, run_questions
 from demo.optimizer import Muon, split_parameters
 from demo.records import GRIDS, LABELS
 from demo.tokenizer import number_ids
@@ -21,91 +19,88 @@ SHARD_BYTES = 15_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Steps and rates. Muon's rates are spectral, AdamW's per element."""
+class Schedule:
+    """Steps and learning rates."""
 
-    seeing_steps: int
-    reading_steps: int
+    vision_steps: int  # of the ViT alone
+    joint_steps: int
     batch: int
-    muon: float = 0.02
+    muon: float = 0.02  # spectral norm of an update
     adam: float = 1.5e-3
     decay: float = 0.05
 
     @property
     def steps(self) -> int:
-        return self.seeing_steps + self.reading_steps
+        return self.vision_steps + self.joint_steps
 
     def rate(self, step: int) -> float:
-        """Warm-up at the start of each phase, cosine to nothing over the last 40 % of the second."""
-        begun = step if step < self.seeing_steps else step - self.seeing_steps
-        warm = min(1.0, (begun + 1) / 150)
-        cooling = max(0.0, (step - self.seeing_steps) / max(1, self.reading_steps) - 0.6) / 0.4
+        """Factor of the rates: warm-up in each phase, then cosine decay to 0 over the last 40% of the second."""
+        phase_step = step if step < self.vision_steps else step - self.vision_steps
+        warm = min(1.0, (phase_step + 1) / 150)
+        cooling = max(0.0, (step - self.vision_steps) / max(1, self.joint_steps) - 0.6) / 0.4
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, cooling)))
 
 
 class Trainer:
-    """Model, heads and optimisers, one step at a time."""
+    """Model, auxiliary heads and optimizers."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self.schedule, self.device = schedule, device
         self.tokenizer = demo_model.tokenizer()
         text, vision = demo_model.text_config(self.tokenizer), demo_model.vision_config()
         torch.manual_seed(0)
         self.model = demo_model.DemoModel(text, vision)
         demo_model.initialize(self.model, self.tokenizer)
-        self.heads = Heads(text.hidden_size)
-        spoken = [
-            [token for name in demo_model.spoken_forms(label) for token in self.tokenizer.encode(name).ids]
+        self.heads = AuxiliaryHeads(text.hidden_size)
+        label_ids = [
+            [token for name in vocabulary.names_of(label) for token in self.tokenizer.encode(name).ids]
             for label in LABELS
         ]
-        limits = demo_model.IMAGE_LIMITS
-        self.targets = Targets(number_ids(self.tokenizer), spoken, limits.mean, limits.std)
-        for module in (self.model, self.heads, self.targets):
+        self.tables = LossTables(number_ids(self.tokenizer), label_ids, demo_model.IMAGE_LIMITS)
+        for module in (self.model, self.heads, self.tables):
             module.to(device)
         matrices, rest = split_parameters(self.model)
         rest += [(f"heads.{name}", parameter) for name, parameter in self.heads.named_parameters()]
-        self.muon = Muon(matrices, plan.decay)
+        self.muon = Muon(matrices, schedule.decay)
         self.adam_parameters = dict(rest)
-        seeing = [parameter for name, parameter in rest if name.startswith("visual.")]
+        visual = [parameter for name, parameter in rest if name.startswith("visual.")]
         others = [parameter for name, parameter in rest if not name.startswith("visual.")]
         self.adam = torch.optim.AdamW(
-            [{"params": seeing}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+            [{"params": visual}, {"params": others}], betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
         )
         self.step_number = 0
         self.only_taps = True
-        self.landed = 0.0
+        self.tap_accuracy = 0.0  # moving average
         if device.type == "cuda":
             for block in [*self.model.visual.blocks, *self.model.language.layers]:
                 block.compile(dynamic=False)
 
-    def losses(
-        self, batch: Batch, grid: tuple[int, int], reading: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and measures of one batch."""
+    def losses(self, batch: Batch, grid: tuple[int, int], joint: bool) -> LossAndMeasures:
+        """The loss of a batch and its measures."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            visual = see(self.model.visual, batch, grid, self.targets)
+            visual = encode_images(self.model.visual, batch, grid, self.tables)
             embeddings = self.model.language.embed_tokens.weight.detach()
-            loss, measures = self.heads(visual, batch, embeddings, self.targets)
-            if not reading:
+            loss, measures = self.heads(visual, batch, embeddings, self.tables)
+            if not joint:
                 return loss, measures
-            hidden, pointer = read(self.model.language, visual, batch)
-            said, more = answer(self.model.language, hidden, batch, self.targets)
-        measures |= more | {"pointer_loss": pointer.detach()}
-        return 0.4 * loss + said + 0.3 * pointer, measures
+            hidden, pointer = run_questions(self.model.language, visual, batch)
+            answer, answer_measures = answer_loss(self.model.language, hidden, batch, self.tables)
+        measures |= answer_measures | {"pointer_loss": pointer.detach()}
+        return 0.4 * loss + answer + 0.3 * pointer, measures
 
     def step(self, batch: Batch, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """One step of training."""
-        reading = self.step_number >= self.plan.seeing_steps
-        loss, measures = self.losses(batch, grid, reading)
+        """One training step."""
+        joint = self.step_number >= self.schedule.vision_steps
+        loss, measures = self.losses(batch, grid, joint)
         loss.backward()  # type: ignore[no-untyped-call]
-        scale = self.plan.rate(self.step_number)
-        visual = 0.5 if reading else 1.0
-        for group, factor in zip(self.adam.param_groups, (visual, 1.0), strict=True):
-            group["lr"] = self.plan.adam * scale * factor
+        scale = self.schedule.rate(self.step_number)
+        visual_factor = 0.5 if joint else 1.0
+        for group, factor in zip(self.adam.param_groups, (visual_factor, 1.0), strict=True):
+            group["lr"] = self.schedule.adam * scale * factor
         torch.nn.utils.clip_grad_norm_(self.adam_parameters.values(), 1.0)
-        rates = {"visual": self.plan.muon * scale * visual}
-        if reading:
-            rates["language"] = self.plan.muon * scale
+        rates = {"visual": self.schedule.muon * scale * visual_factor}
+        if joint:
+            rates["language"] = self.schedule.muon * scale
         self.adam.step()
         self.muon.step(rates)
         self.adam.zero_grad(set_to_none=True)
@@ -116,19 +111,19 @@ class Trainer:
         return measures | {"loss": loss.detach()}
 
     def evaluate(self, held_out: dict[int, Batch], count: int) -> dict[str, float]:
-        """Teacher-forced on held-out screens: shares of labels seen and of questions answered right, by action."""
-        reading = self.step_number > self.plan.seeing_steps
+        """Accuracy of labels and, teacher-forced, of answers by action on held-out screens, in batches of `count`."""
+        joint = self.step_number > self.schedule.vision_steps
         labels: list[float] = []
         right: dict[str, list[torch.Tensor]] = {}
-        for which, batch in held_out.items():
+        for grid_index, batch in held_out.items():
             for start in range(0, len(batch["ids"]) - count + 1, count):
                 part = {name: tensor[start : start + count].to(self.device) for name, tensor in batch.items()}
-                _, measures = self.losses(part, GRIDS[which], reading)  # with gradients: as compiled for training
+                _, measures = self.losses(part, GRIDS[grid_index], joint)  # with gradients: as compiled for training
                 labels.append(float(measures["labels"]))
-                if not reading:
+                if not joint:
                     continue
                 for index, name in enumerate(phrases.ACTIONS):
-                    right.setdefault(name, []).append(measures["right"][part["kind"] == index])
+                    right.setdefault(name, []).append(measures["right"][part["action"] == index])
                 taps = part["tap_label"] >= 0
                 right.setdefault("inside", []).append(measures["inside"][taps])
                 right.setdefault("unseen_pairs", []).append(measures["right"][taps & (part["unseen"] == 1)])
@@ -139,7 +134,7 @@ class Trainer:
         return result
 
     def save(self, directory: Path) -> None:
-        """Write everything that resuming needs, in files of at most 15 MB."""
+        """Write the state that `load` reads, in files of at most 15 MB."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
@@ -158,11 +153,11 @@ class Trainer:
             shards[-1][name] = piece
         for index, shard in enumerate(shards):
             save_file(shard, directory / f"state-{index:02}.safetensors")
-        status = {"step": self.step_number, "only_taps": self.only_taps, "landed": self.landed, "shards": len(shards)}
-        (directory / "state.json").write_text(json.dumps(status) + "\n")
+        status = {"step": self.step_number, "only_taps": self.only_taps, "tap_accuracy": self.tap_accuracy}
+        (directory / "state.json").write_text(json.dumps(status | {"shards": len(shards)}) + "\n")
 
     def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Restore the state that `save` wrote."""
         status = json.loads((directory / "state.json").read_text())
         tensors: dict[str, torch.Tensor] = {}
         for index in range(status["shards"]):
@@ -175,8 +170,9 @@ class Trainer:
         self.heads.load_state_dict(part("heads."))
         self.muon.load(part("muon."))
         for name, parameter in self.adam_parameters.items():
-            kept = {key: tensors.get(f"adam.{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            state = {key: value.to(self.device, torch.float32) for key, value in kept.items() if value is not None}
+            saved = {key: tensors.get(f"adam.{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            state = {key: value.to(self.device, torch.float32) for key, value in saved.items() if value is not None}
             if state:
                 self.adam.state[parameter] = state
-        self.step_number, self.only_taps, self.landed = status["step"], status["only_taps"], status["landed"]
+        self.step_number, self.only_taps = status["step"], status["only_taps"]
+        self.tap_accuracy = status["tap_accuracy"]

@@ -1,8 +1,8 @@
-"""The words that the screens show and the words that tasks ask to type."""
+"""The words that appear on screens and in tasks."""
 
 
 def _words(text: str) -> list[str]:
-    """Words apart; an underscore stands for a space inside one."""
+    """Split a text; an underscore is a space within a word."""
     return [word.replace("_", " ") for word in text.split()]
 
 
@@ -27,15 +27,9 @@ BUTTONS = {
     "zh": _words("确定 取消 保存 删除 登录 注册 发送 提交 下一步 完成 购买 加入购物车 关注 分享 评论 跳过"),
     "en": _words("OK Cancel Save Delete Login Send Submit Next Done Buy Follow Share Comment Skip Sign_up Add_to_cart"),
 }
-FIELDS = {
-    "zh": _words("姓名 手机号 密码 邮箱 地址 验证码"),
-    "en": _words("Name Number Password Email Address Code"),
-}
-TABS = {
-    "zh": _words("首页 发现 消息 我的 推荐 热门"),
-    "en": _words("Home Discover Inbox Profile Explore Popular"),
-}
-# Icons have no text on the screen: a task names them.
+FIELDS = {"zh": _words("姓名 手机号 密码 邮箱 地址 验证码"), "en": _words("Name Number Password Email Address Code")}
+TABS = {"zh": _words("首页 发现 消息 我的 推荐 热门"), "en": _words("Home Discover Inbox Profile Explore Popular")}
+# Names of icons, which have no text on the screen.
 ICONS: dict[str, dict[str, str]] = {
     "search": {"en": "search icon", "zh": "搜索图标"},
     "back": {"en": "back arrow", "zh": "返回箭头"},
@@ -58,7 +52,7 @@ LANGUAGES = ("en", "zh")
 
 
 def labels() -> list[str]:
-    """Every name that an element can have, in a fixed order: text labels, icon keys ("icon:search"), the search box."""
+    """All labels in a fixed order: texts, icons ("icon:search") and the search box ("field:search")."""
     words: dict[str, None] = {}
     for group in (APPS, SETTINGS, BUTTONS, FIELDS, TABS):
         for language in LANGUAGES:
@@ -66,8 +60,8 @@ def labels() -> list[str]:
     return [*words, *(f"icon:{key}" for key in ICONS), "field:search"]
 
 
-def spoken(label: str, language: str) -> str:
-    """How a task names the element `label`: itself, or the icon's name in `language`."""
+def name_of(label: str, language: str) -> str:
+    """The name by which tasks refer to a label: the text itself, or the name of the icon or search box."""
     kind, _, key = label.partition(":")
     if kind == "icon":
         return ICONS[key][language]
@@ -76,7 +70,12 @@ def spoken(label: str, language: str) -> str:
     return label
 
 
-# What tasks ask to type (never labels).
+def names_of(label: str) -> list[str]:
+    """The distinct names of a label over all languages."""
+    return list(dict.fromkeys(name_of(label, language) for language in LANGUAGES))
+
+
+# Texts to type; never labels.
 TYPED_EN = _words(
     "hello world apple coffee pizza weather tomorrow train ticket paris london tokyo berlin hotel flight cheap "
     "shoes red blue dress laptop keyboard monitor book novel history guitar piano dinner lunch recipe chicken "
@@ -92,7 +91,7 @@ TYPED_ZH = _words(
     "公交 医生 学校 作业 英语 数学 考试 电影 足球 比赛 新闻 今天"
 )
 
-# Small print on screens that nobody asks for.
+# Filler texts on screens; no task refers to them.
 CLUTTER_ZH = (
     "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主年动同工也能下过子说产种面"
     "而方后多定行学法所民得经"

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP front of the ensemble."""
+"""OpenAI-compatible HTTP gateway to the Triton ensemble."""

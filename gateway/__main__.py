@@ -1,6 +1,4 @@
-"""python -m gateway [--triton 127.0.0.1:8001] [--port 8080]: the OpenAI-compatible front of a running server."""
-
-from __future__ import annotations
+"""python -m gateway [--triton 127.0.0.1:8001] [--port 8080]: the OpenAI-compatible gateway to a running server."""
 
 import argparse
 import ctypes
@@ -14,22 +12,27 @@ import uvicorn
 from autoglm.config import ConfigError, load_config
 from gateway.app import create_app
 
-KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection that is idle
-GRACE_SECONDS = 10  # what a stop gives running requests
-KEPT_MEMORY = 128 << 20  # bytes: what some twenty requests with a screenshot hold at once
-LARGEST_KEPT = 32 << 20  # bytes in one piece, glibc's most
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep idle connections
+GRACE_SECONDS = 10  # for running requests at shutdown
+TRIM_THRESHOLD = 128 << 20  # bytes: about twenty concurrent requests with a screenshot
+MMAP_THRESHOLD = 32 << 20  # bytes: glibc's maximum
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gateway",
-        description="Serve /v1/chat/completions and the like for a running Triton server.",
-        epilog="Environment: AUTOGLM_CONFIG, AUTOGLM_PRESET, AUTOGLM_OVERRIDES: settings; AUTOGLM_API_KEYS: as --keys.",
+        description="Serve OpenAI's HTTP API in front of a running Triton server.",
+        epilog="Environment: AUTOGLM_CONFIG, AUTOGLM_PRESET and AUTOGLM_OVERRIDES select the configuration; "
+        "AUTOGLM_API_KEYS is the default of --keys.",
     )
-    parser.add_argument("--triton", default="127.0.0.1:8001", metavar="HOST:PORT", help="its gRPC (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8080, help="(default: %(default)s)")
-    parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line (default: none is needed)")
+    parser.add_argument(
+        "--triton", default="127.0.0.1:8001", metavar="HOST:PORT", help="Triton's gRPC address (default: %(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="file of API keys, one per line (default: no key required)"
+    )
     options = parser.parse_args(argv)
     keys = options.keys or (Path(os.environ["AUTOGLM_API_KEYS"]) if os.environ.get("AUTOGLM_API_KEYS") else None)
     try:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError, ValueError) as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1
-    keep_memory()
+    retain_freed_memory()
     uvicorn.run(
         app,
         host=options.host,
@@ -45,23 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_level="warning",
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here depends on where a caller comes from
+        proxy_headers=False,  # the caller's address is not used
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     return 0
 
 
-def keep_memory() -> None:
-    """Let the C library keep what is freed, up to KEPT_MEMORY, for the next requests.
+def retain_freed_memory() -> None:
+    """Let glibc retain freed memory, up to TRIM_THRESHOLD, for the next requests.
 
-    It would give the buffers of a screenshot's request, several megabytes, back to the system at once, and filling new
-    pages takes longer than all else that is done with them.
+    By default it returns the buffers of a screenshot (several megabytes) to the system at once, and page faults on new
+    buffers cost more than everything else that is done with them.
     """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
-        mallopt(m_trim_threshold, KEPT_MEMORY)
-        mallopt(m_mmap_threshold, LARGEST_KEPT)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc only
+        mallopt(m_trim_threshold, TRIM_THRESHOLD)
+        mallopt(m_mmap_threshold, MMAP_THRESHOLD)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The routes."""
-
-from __future__ import annotations
+"""The application and its endpoints."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,35 +7,36 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aiohttp.abc import AbstractResolver
+from autoglm_client import __version__
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from autoglm.config import Config
-from autoglm.errors import RequestError
-from gateway.auth import Keys
-from gateway.backend import Ensemble
+from autoglm.errors import RequestError, invalid, printable
+from gateway.auth import ApiKeys
+from gateway.backend import TritonBackend
 from gateway.body import JsonRoute
-from gateway.chat_input import Content, of_chat, of_prompt
-from gateway.errors import ApiError, from_fault, from_validation
-from gateway.fetch import Fetcher
-from gateway.generation import Generation
-from gateway.health import Readiness
-from gateway.metrics import Metrics
-from gateway.middleware import Gate
-from gateway.openapi import describe
-from gateway.playground import add_page
-from gateway.responses import Answer, EventStream
-from gateway.schema import ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
+from gateway.chat_input import ChatInput, from_messages, from_prompt
+from gateway.errors import ApiError, from_exception, from_validation
+from gateway.fetch import ImageFetcher
+from gateway.generation import ChoiceGenerator
+from gateway.health import ReadinessProbe
+from gateway.metrics import GatewayMetrics
+from gateway.middleware import RequestMiddleware
+from gateway.openapi import add_openapi
+from gateway.playground import add_playground
+from gateway.responses import EventStreamResponse, ResponseBuilder
+from gateway.schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 
 
-class Gateway:
-    """What answers requests. `open` and `close` it in the event loop that serves it.
+class Endpoints:
+    """The request handlers. `open` and `close` must run in the event loop that serves them.
 
     Args:
         triton: gRPC address of the server.
-        resolver: looks up the hosts of images, by default as the system does.
+        resolver: resolves the hosts of images; default: the system's resolver.
     """
 
     def __init__(self, triton: str, config: Config, resolver: AbstractResolver | None = None) -> None:
@@ -47,33 +46,33 @@ class Gateway:
         self._settings = settings
         self._max_audio_bytes = config.audio.max_audio_bytes
         self._started = int(time.time())
-        self._fetcher = Fetcher(config.limits, settings.image_hosts, folder, resolver)
-        self.metrics = Metrics()
+        self._fetcher = ImageFetcher(config.limits, settings.image_hosts, folder, resolver)
+        self.metrics = GatewayMetrics()
 
     async def open(self) -> None:
-        self._ensemble = Ensemble(self._triton, self.metrics.abandoned)
-        self._generation = Generation(self._ensemble, self.metrics, self._settings.timeout_s)
-        self._readiness = Readiness(self._ensemble, self._settings.ready_within_s)
+        self._backend = TritonBackend(self._triton, self.metrics.stopped)
+        self._generator = ChoiceGenerator(self._backend, self.metrics, self._settings.timeout_s)
+        self._readiness = ReadinessProbe(self._backend, self._settings.ready_within_s)
 
     async def close(self) -> None:
-        await self._ensemble.aclose()
+        await self._backend.aclose()
         await self._fetcher.aclose()
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         self._check_model(body.model)
-        return await self._answer("chat", request, await self._read(body.messages), body)
+        return await self._generate("chat", request, await self._chat_input(body.messages), body)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         self._check_model(body.model)
-        return await self._answer("text", request, of_prompt(body.prompt), body)
+        return await self._generate("text", request, from_prompt(body.prompt), body)
 
     async def tokenize(self, request: Request, body: TokenizeRequest) -> Response:
         self._check_model(body.model)
-        content = of_prompt(body.prompt or "") if body.messages is None else await self._read(body.messages)
+        chat = from_prompt(body.prompt or "") if body.messages is None else await self._chat_input(body.messages)
         try:
-            tokens = await self._ensemble.tokenize(content, request.state.request_id)
-        except Exception as fault:
-            raise from_fault(fault, content.names) from None
+            tokens = await self._backend.tokenize(chat, request.state.request_id)
+        except Exception as error:
+            raise from_exception(error, chat.names) from None
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 
     async def models(self) -> Response:
@@ -93,58 +92,60 @@ class Gateway:
     async def show_metrics(self) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
 
-    async def _read(self, messages: Sequence[Message]) -> Content:
-        return await of_chat(messages, self._fetcher, self._max_audio_bytes)
+    async def _chat_input(self, messages: Sequence[ChatMessage]) -> ChatInput:
+        return await from_messages(messages, self._fetcher, self._max_audio_bytes)
 
-    async def _answer(
-        self, kind: Literal["chat", "text"], request: Request, content: Content, body: Sampling
+    async def _generate(
+        self, kind: Literal["chat", "text"], request: Request, chat: ChatInput, body: GenerationRequest
     ) -> Response:
-        answer = Answer(kind, request.state.request_id, self._settings.model_name, body.wants_usage)
-        pieces = self._generation.pieces(content, body, answer.id)
+        builder = ResponseBuilder(kind, request.state.request_id, self._settings.model_name, body.wants_usage)
+        responses = self._generator.responses(chat, body, builder.id)
         if not body.stream:
-            return JSONResponse(await answer.gather(pieces))
-        events = answer.events(pieces)
-        # The first event is waited for, so that a request which is refused gets a status that says so.
-        return EventStream(events, await anext(events))
+            return JSONResponse(await builder.whole(responses))
+        events = builder.events(responses)
+        # Wait for the first event, so that a refused request gets the status of its error.
+        return EventStreamResponse(events, await anext(events))
 
     def _check_model(self, name: str | None) -> None:
         ours = self._settings.model_name
         if name not in (None, ours):
-            raise ApiError(404, f"model: got {str(name)[:80]!r}; allowed: {ours}", "model_not_found", "model")
+            raise ApiError(404, str(invalid("model", name, ours)), "model_not_found", "model")
 
 
 def create_app(
     triton: str, config: Config, keys: Path | None = None, resolver: AbstractResolver | None = None
 ) -> FastAPI:
-    """The application for an ASGI server. `keys` is a file of API keys; without one everybody is let in."""
-    gateway = Gateway(triton, config, resolver)
+    """The ASGI application. keys: file of API keys; None: no key is required."""
+    endpoints = Endpoints(triton, config, resolver)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await gateway.open()  # gRPC's connection belongs to the event loop in which it is made
+        await endpoints.open()  # a gRPC channel belongs to the event loop that it is created in
         yield
-        await gateway.close()
+        await endpoints.close()
 
-    app = FastAPI(title="AutoGLM", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="AutoGLM", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.route_class = JsonRoute
-    app.add_middleware(Gate, keys=Keys(keys), config=config.gateway, metrics=gateway.metrics)
-    app.post("/v1/chat/completions")(gateway.chat)
-    app.post("/v1/completions")(gateway.complete)
-    app.get("/v1/models")(gateway.models)
-    app.post("/tokenize")(gateway.tokenize)
-    app.get("/health")(gateway.health)
-    app.get("/ready")(gateway.ready)
-    app.get("/metrics")(gateway.show_metrics)
-    add_page(app)
-    describe(app, config, keys=keys is not None)
+    app.add_middleware(RequestMiddleware, keys=ApiKeys(keys), config=config.gateway, metrics=endpoints.metrics)
+    app.post("/v1/chat/completions")(endpoints.chat)
+    app.post("/v1/completions")(endpoints.complete)
+    app.get("/v1/models")(endpoints.models)
+    app.post("/tokenize")(endpoints.tokenize)
+    app.get("/health")(endpoints.health)
+    app.get("/ready")(endpoints.ready)
+    app.get("/metrics")(endpoints.show_metrics)
+    add_playground(app)
+    add_openapi(app, config, keys=keys is not None)
 
-    def explain(_: Request, fault: Any) -> Response:
-        if isinstance(fault, RequestValidationError):
-            return from_validation(fault.errors(), fault.body).response()
-        if isinstance(fault, HTTPException):
-            return ApiError(fault.status_code, str(fault.detail)).response()
-        return from_fault(fault, {}).response()
+    def respond(request: Request, error: Any) -> Response:
+        if isinstance(error, RequestValidationError):
+            return from_validation(error.errors(), error.body).response()
+        if isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            path = printable(request.url.path)
+            messages = {404: f"no such path: {path}", 405: f"{path} does not allow {request.method}"}
+            return ApiError(error.status_code, messages.get(error.status_code, "the body cannot be read")).response()
+        return from_exception(error, {}).response()
 
-    for kind in (ApiError, RequestError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, explain)
+    for kind in (RequestError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, respond)
     return app

@@ -1,14 +1,13 @@
-"""Where images come from: data URLs, files below one folder, and http(s) from hosts that the operator allows.
+"""Sources of images: data URLs, files below one folder, and http(s) URLs of hosts that the operator allows.
 
-A request must not make the gateway reach what its caller cannot: names are resolved here, each address is checked, and
-the connection goes to an address that was checked, so that no second look-up can lead elsewhere. Redirects are followed
-one by one under the same rules.
+A request must not make the gateway reach internal addresses (SSRF): host names are resolved here, every address is
+checked, and the connection uses a checked address, so that a second lookup cannot return another one. Redirects are
+followed one by one under the same rules.
 """
-
-from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -21,22 +20,31 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from autoglm.config import LimitsConfig
-from autoglm.errors import Exact, RequestError, invalid, shorten
-from autoglm.media.image_file import decode_data_url
+from autoglm.errors import RequestError, Verbatim, invalid
+from autoglm.media.payload import decode_data_url
 
 MAX_REDIRECTS = 3
 FETCH_SECONDS = 10.0
 CHUNK = 1 << 16
 NAT64 = IPv6Network("64:ff9b::/96")  # the last four bytes are an IPv4 address, which a translator may reach
+FILE_FAULTS = {
+    errno.EACCES: "permission denied",
+    errno.EINVAL: "not a regular file",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "no such file",
+}
+
+log = logging.getLogger(__name__)
 
 
-class Fetcher:
-    """Reads the images that requests name.
+class ImageFetcher:
+    """Reads images by their URLs.
 
     Args:
-        hosts: names that may be fetched from; `.example.com` stands for all names below example.com.
-        folder: the folder of which file:// URLs may name files; None: no files.
-        resolver: looks names up, by default as the system does.
+        hosts: hosts to fetch from; `.example.com` is every host below example.com.
+        folder: file:// URLs may name files below it; None: no files are read.
+        resolver: resolves host names; default: the system's resolver.
     """
 
     def __init__(
@@ -48,16 +56,18 @@ class Fetcher:
         self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
 
-    def check_count(self, images: int) -> None:
-        """Refuse a request with so many images. Raises RequestError."""
-        if images > self._limits.max_images:
-            raise invalid("messages", Exact(f"{images} images or more"), f"at most {self._limits.max_images}")
+    def check_count(self, num_images: int) -> None:
+        """Raise RequestError for more images than a request may have."""
+        if num_images > self._limits.max_images:
+            raise RequestError(
+                f"messages must contain at most {self._limits.max_images} images (got {num_images} or more)"
+            )
 
     async def image(self, url: str, name: str) -> bytes:
-        """The file that a URL stands for. `name` is the field that holds it, for messages.
+        """The image file at a URL. `name` is the URL's field, for error messages.
 
         Raises:
-            RequestError: a URL that is not allowed, or that leads to no file of an allowed size.
+            RequestError: the URL is not allowed, the file cannot be read, or it is too large.
         """
         scheme = url.partition(":")[0].lower()
         if scheme == "file":
@@ -66,15 +76,16 @@ class Fetcher:
             try:
                 return await asyncio.wait_for(self._download(url, name), FETCH_SECONDS)
             except (TimeoutError, asyncio.TimeoutError):
-                raise invalid(name, url, f"what comes within {FETCH_SECONDS:g} s") from None
+                raise RequestError(f"{name} timed out after {FETCH_SECONDS:g} s") from None
             except RequestError:
                 raise
             except _NotPublicError:
-                raise invalid(name, url, "a host of public addresses only") from None
+                raise invalid(name, url, "on a host with public addresses only") from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                reason = shorten(str(error) or type(error).__name__)
-                raise RequestError(f"{name}: cannot be fetched ({reason})") from None
-        return decode_data_url(url, self._limits, name)
+                log.info("%s could not be fetched: %r", name, error)
+                reason = "no connection to its host" if isinstance(error, OSError) else "invalid HTTP response"
+                raise RequestError(f"{name} could not be fetched: {reason}") from None
+        return decode_data_url(url, "image", self._limits.max_image_bytes, name)
 
     async def aclose(self) -> None:
         if self._session:
@@ -82,21 +93,22 @@ class Fetcher:
 
     def _read(self, url: str, name: str) -> bytes:
         if self._folder is None:
-            raise invalid(name, url, "a data URL; this server reads no files")
+            raise invalid(name, url, "a data URL; this server does not read files")
         try:
             parts = urlsplit(url)
             path = Path(os.path.realpath(unquote(parts.path)))
             within = parts.netloc in ("", "localhost") and path.is_relative_to(self._folder)
-        except ValueError:  # half a URL, or a path with a zero byte
+        except ValueError:  # an invalid URL, or a path with a null byte
             within = False
         if not within:
-            raise invalid(name, url, "a file below the folder of this server's images")
+            raise invalid(name, url, "a file below this server's folder of images")
         try:
             with open(path, "rb", opener=_open_file) as file:
+                self._check_size(os.fstat(file.fileno()).st_size, name)
                 data = file.read(self._limits.max_image_bytes + 1)
         except OSError as error:
-            raise invalid(name, url, f"a file that can be read ({error.strerror})") from None
-        self._check_size(data, name)
+            raise RequestError(f"{name} cannot be read: {FILE_FAULTS.get(error.errno or 0, 'I/O error')}") from None
+        self._check_size(len(data), name, " or more")  # the file may have grown
         return data
 
     async def _download(self, url: str, name: str) -> bytes:
@@ -107,25 +119,26 @@ class Fetcher:
                     url = urljoin(url, response.headers["location"])
                     continue
                 if response.status != 200:
-                    raise invalid(name, url, f"what its host has (it answered {response.status})")
+                    raise RequestError(f"{name} could not be fetched: HTTP {response.status}")
+                self._check_size(response.content_length or 0, name)
                 data = bytearray()
                 async for chunk in response.content.iter_chunked(CHUNK):
                     data += chunk
-                    self._check_size(data, name)
+                    self._check_size(len(data), name, " or more")
                 return bytes(data)
-        raise invalid(name, url, f"at most {MAX_REDIRECTS} redirects")
+        raise RequestError(f"{name} could not be fetched: more than {MAX_REDIRECTS} redirects")
 
     def _check_host(self, url: str, name: str) -> None:
         try:
             parts = urlsplit(url)
             host, _ = (parts.hostname or "").lower().rstrip("."), parts.port
         except ValueError:
-            raise invalid(name, url, "a URL") from None
+            raise invalid(name, url, "a valid URL") from None
         allowed = any(host == entry or (entry.startswith(".") and host.endswith(entry)) for entry in self._hosts)
         if parts.scheme not in ("http", "https") or not allowed or "@" in parts.netloc:
-            there = ", ".join(self._hosts) or "none"
-            raise invalid(name, url, f"a data URL, or http(s) of the hosts that this server fetches from ({there})")
-        # A host that is an address is not looked up.
+            hosts = ", ".join(self._hosts) or "none"
+            raise invalid(name, url, f"a data URL or an http(s) URL of an allowed host ({hosts})")
+        # An IP address is not resolved, so the resolver does not check it.
         if (address := _address(host)) is not None and not is_public(address):
             raise _NotPublicError
 
@@ -136,21 +149,22 @@ class Fetcher:
                 connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, limit=64),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"accept-encoding": "identity", "user-agent": "autoglm-gateway"},
-                auto_decompress=False,  # a few bytes must not become gigabytes
+                auto_decompress=False,  # no decompression bombs
             )
         return self._session
 
-    def _check_size(self, data: bytes | bytearray, name: str) -> None:
-        if len(data) > self._limits.max_image_bytes:
-            raise invalid(name, Exact("a larger file"), f"at most {self._limits.max_image_bytes} bytes per image")
+    def _check_size(self, num_bytes: int, name: str, suffix: str = "") -> None:
+        if num_bytes > self._limits.max_image_bytes:
+            accepted = f"a file of at most {self._limits.max_image_bytes} bytes"
+            raise invalid(name, Verbatim(f"{num_bytes}{suffix}"), accepted)
 
 
 class _NotPublicError(Exception):
-    """A name leads to an address that is not one of the internet."""
+    """A host has an address that is not public."""
 
 
 class _PublicOnly(AbstractResolver):
-    """A resolver that gives public addresses only: those that it gives are the ones connected to."""
+    """Resolves to public addresses only. aiohttp connects to exactly the addresses returned here."""
 
     def __init__(self, resolver: AbstractResolver) -> None:
         self._resolver = resolver
@@ -168,7 +182,7 @@ class _PublicOnly(AbstractResolver):
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is one of the internet, and leads to no other kind by an IPv4 address inside it."""
+    """Whether an address, and every IPv4 address embedded in it, is globally reachable unicast."""
     if isinstance(address, IPv6Address):
         embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         embedded += [IPv4Address(address.packed[-4:])] if address in NAT64 else []
@@ -180,11 +194,11 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _open_file(path: str, flags: int) -> int:
-    """An opener of files alone: not of a pipe, which would keep its reader waiting, nor of a link put there since."""
+    """Open regular files only: reading a pipe would block, and a symlink may have been created after the check."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return descriptor
 
 

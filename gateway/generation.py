@@ -1,6 +1,4 @@
-"""The choices of one request, which run side by side in the ensemble."""
-
-from __future__ import annotations
+"""The choices of one request, which the ensemble generates concurrently."""
 
 import asyncio
 import json
@@ -13,34 +11,34 @@ from typing import Any
 from autoglm_client import RequestTimeout
 from autoglm_client.result import Response
 
-from gateway.backend import Ensemble
-from gateway.chat_input import Content
-from gateway.errors import ApiError, from_fault
-from gateway.metrics import Metrics
-from gateway.schema import Sampling
+from gateway.backend import TritonBackend
+from gateway.chat_input import ChatInput
+from gateway.errors import ApiError, from_exception
+from gateway.metrics import GatewayMetrics
+from gateway.schema import GenerationRequest
 
 
-class Generation:
-    """Asks the ensemble `n` times the same. `longest` are the seconds that a request may take."""
+class ChoiceGenerator:
+    """Sends a request to the ensemble once for each of its `n` choices. timeout_s: limit of a request's duration."""
 
-    def __init__(self, ensemble: Ensemble, metrics: Metrics, longest: float) -> None:
-        self._ensemble = ensemble
+    def __init__(self, backend: TritonBackend, metrics: GatewayMetrics, timeout_s: float) -> None:
+        self._backend = backend
         self._metrics = metrics
-        self._longest = longest
+        self._timeout_s = timeout_s
 
-    async def pieces(
-        self, content: Content, body: Sampling, request_id: str
+    async def responses(
+        self, chat: ChatInput, body: GenerationRequest, request_id: str
     ) -> AsyncGenerator[list[tuple[int, Response]], None]:
-        """The responses of all choices, those together that have come together, each with the number of its choice.
+        """Yield the responses of all choices as (index of the choice, response), in batches of those that are ready.
 
-        Whoever leaves early stops them all. Raises ApiError.
+        Closing the generator before its end stops all choices. Raises ApiError if one of them fails.
         """
         begun: float | None = time.monotonic()
-        # Triton's id has an end that is ours alone: callers may use theirs twice, and by this one requests are stopped.
+        # Requests are stopped by their id on the server, so it must be unique; callers may reuse theirs.
         unique = f"{request_id}/{secrets.token_hex(4)}"
         arrived: asyncio.Queue[tuple[int, Response | Exception | None]] = asyncio.Queue()
         tasks = [
-            asyncio.ensure_future(self._pump(content, body, f"{unique}/{choice}", choice, arrived))
+            asyncio.ensure_future(self._forward(chat, body, f"{unique}/{choice}", choice, arrived))
             for choice in range(body.n or 1)
         ]
         open_choices = len(tasks)
@@ -50,48 +48,50 @@ class Generation:
                 while not arrived.empty():
                     batch.append(arrived.get_nowait())
                 open_choices -= sum(response is None for _, response in batch)
-                responses = [(choice, each) for choice, each in batch if isinstance(each, Response)]
-                if responses and begun is not None:
+                ready = [(choice, each) for choice, each in batch if isinstance(each, Response)]
+                if ready and begun is not None:
                     self._metrics.first_token_seconds.observe(time.monotonic() - begun)
                     begun = None
-                for _, response in responses:
+                for _, response in ready:
                     if response.finish_reason:
                         self._count(json.loads(response.usage))
-                if responses:
-                    yield responses
-                for _, fault in batch:
-                    if isinstance(fault, Exception):
-                        raise self._error(fault, content, body) from fault
+                if ready:
+                    yield ready
+                for _, error in batch:
+                    if isinstance(error, Exception):
+                        raise self._api_error(error, chat, body) from error
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    async def _pump(
+    async def _forward(
         self,
-        content: Content,
-        body: Sampling,
+        chat: ChatInput,
+        body: GenerationRequest,
         request_id: str,
         choice: int,
         arrived: asyncio.Queue[tuple[int, Response | Exception | None]],
     ) -> None:
-        timeout = min(body.timeout or self._longest, self._longest)
-        answer = self._ensemble.ask(
-            content, body.parameters(choice), request_id, stream=bool(body.stream), timeout=timeout
+        """Put the responses of one choice into `arrived`, then None or the exception."""
+        timeout = min(body.timeout or self._timeout_s, self._timeout_s)
+        answer = self._backend.generate(
+            chat, body.parameters(choice), request_id, stream=bool(body.stream), timeout=timeout
         )
         try:
             async with aclosing(answer):
                 async for response in answer:
                     arrived.put_nowait((choice, response))
             arrived.put_nowait((choice, None))
-        except Exception as fault:
-            arrived.put_nowait((choice, fault))
+        except Exception as error:
+            arrived.put_nowait((choice, error))
 
-    def _error(self, fault: Exception, content: Content, body: Sampling) -> ApiError:
-        if isinstance(fault, RequestTimeout) and body.timeout is not None and body.timeout <= self._longest:
-            # The caller's own choice is no fault of the server.
-            return ApiError(408, f"{fault} ({body.timeout:g} s)", "timeout", "timeout")
-        return from_fault(fault, content.names | body.names)
+    def _api_error(self, error: Exception, chat: ChatInput, body: GenerationRequest) -> ApiError:
+        if isinstance(error, RequestTimeout) and body.timeout is not None and body.timeout <= self._timeout_s:
+            # The caller chose this timeout: not an error of the server.
+            message = f"timeout of {body.timeout:g} s expired before the answer was complete"
+            return ApiError(408, message, "timeout", "timeout")
+        return from_exception(error, chat.names | body.names)
 
     def _count(self, usage: dict[str, Any]) -> None:
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])

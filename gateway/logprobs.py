@@ -1,6 +1,4 @@
-"""Log probabilities in OpenAI's two shapes: a list of objects for chats, lists side by side for plain completions."""
-
-from __future__ import annotations
+"""Log probabilities in OpenAI's two formats: a list of objects for chats, parallel lists for plain completions."""
 
 import codecs
 import json
@@ -8,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 
-class Logprobs:
-    """Those of one choice. What the server tells has the chat's shape already.
+class OpenAILogprobs:
+    """Formats the log probabilities of one choice. The server's own format is that of chats.
 
-    A token whose bytes are null shows nowhere in the text, such as the one that ends it.
+    A token whose `bytes` are null is not part of the text, such as the end-of-turn token.
     """
 
     def __init__(self, kind: Literal["chat", "text"]) -> None:
@@ -19,16 +17,16 @@ class Logprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def shape(self, told: Iterable[str]) -> dict[str, Any] | None:
-        """What the LOGPROBS of the next responses say; None where none of them has any."""
-        items = [item for text in told if text for item in json.loads(text)]
+    def format(self, texts: Iterable[str]) -> dict[str, Any] | None:
+        """Format the LOGPROBS of the next responses; None if all are empty."""
+        items = [item for text in texts if text for item in json.loads(text)]
         if not items:
             return None
         return {"content": items, "refusal": None} if self._kind == "chat" else self._columns(items)
 
     def _columns(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`text_offset` is where in the answer each token begins, in characters. A chosen token is always among its
-        `top_logprobs`; of several that are spelled alike the most probable is."""
+        """`text_offset` is where each token begins in the answer, in characters. `top_logprobs` always contains the
+        sampled token; of several tokens with the same text it contains the most probable."""
         offsets, tops = [], []
         for item in items:
             top: dict[str, float] = {}

@@ -1,9 +1,4 @@
-"""What stands before every route that costs something: keys, limits, request ids, and the watch over the connection.
-
-A caller who hangs up cancels the work for him, whatever it is waiting for; what that work holds it releases then.
-"""
-
-from __future__ import annotations
+"""Middleware of the API's routes: API keys, limits, request ids and cancellation when the caller disconnects."""
 
 import asyncio
 import re
@@ -15,24 +10,24 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoglm.config import GatewayConfig
-from gateway.auth import Keys
+from gateway.auth import ApiKeys
 from gateway.errors import ApiError
-from gateway.metrics import Metrics
+from gateway.metrics import GatewayMetrics
 
 REQUEST_ID = b"x-request-id"
-BODY_SECONDS = 60.0  # for the whole of a request's body
+BODY_SECONDS = 60.0  # for receiving a whole body
 
 _ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
 
 
-class _Gone(Exception):
-    """The caller hung up before the request was complete."""
+class _DisconnectedError(Exception):
+    """The caller disconnected before the request was complete."""
 
 
-class Gate:
-    """ASGI middleware. Requests under /v1/ and of /tokenize pass it; others go by."""
+class RequestMiddleware:
+    """ASGI middleware for /v1/ and /tokenize; other paths are passed on unchanged."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, config: GatewayConfig, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, config: GatewayConfig, metrics: GatewayMetrics) -> None:
         self.app = app
         self._keys = keys
         self._max_body = config.max_body_mb << 20
@@ -52,10 +47,10 @@ class Gate:
         begun = time.monotonic()
         try:
             self._keys.check(headers.get(b"authorization"))
-            with self._room():
+            with self._running_request():
                 body = await self._read(receive, headers)
                 await self._run(scope, body, receive, response)
-        except _Gone:
+        except _DisconnectedError:
             self._metrics.disconnects.inc()
         except ApiError as error:
             await error.response()(scope, receive, response.send)
@@ -63,9 +58,9 @@ class Gate:
             self._metrics.finished(scope["path"], response.status, time.monotonic() - begun)
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _running_request(self) -> Iterator[None]:
         if self._running >= self._max_requests:
-            raise ApiError(429, f"{self._running} requests are being answered; allowed: {self._max_requests}", "busy")
+            raise ApiError(429, f"too many requests: at most {self._max_requests} are answered at a time", "busy")
         self._running += 1
         self._metrics.running.set(self._running)
         try:
@@ -75,14 +70,14 @@ class Gate:
             self._metrics.running.set(self._running)
 
     async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
-        """The whole body. Raises ApiError when it is too large or too slow."""
-        told = headers.get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self._max_body:
-            raise self._too_large(f"{int(told)} bytes")
+        """The whole body. Raises ApiError if it is too large or arrives too slowly."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body:
+            raise self._too_large(f"{int(length)}")
         try:
             return await asyncio.wait_for(self._collect(receive), BODY_SECONDS)
         except (TimeoutError, asyncio.TimeoutError):
-            raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", "timeout") from None
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", "timeout") from None
 
     async def _collect(self, receive: Receive) -> bytes:
         chunks: list[bytes] = []
@@ -90,35 +85,35 @@ class Gate:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _Gone
+                raise _DisconnectedError
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
             if size > self._max_body:
-                raise self._too_large("more")
+                raise self._too_large(f"{size} or more")
             more = message.get("more_body", False)
         return b"".join(chunks)
 
     def _too_large(self, got: str) -> ApiError:
-        return ApiError(413, f"body: got {got}; allowed: at most {self._max_body} bytes", "too_large")
+        return ApiError(413, f"the body must be at most {self._max_body} bytes (got {got})", "too_large")
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, response: _Response) -> None:
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, response: "_Response") -> None:
         work = asyncio.ensure_future(self.app(scope, _replay(body), response.send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([work, disconnect], return_when=asyncio.FIRST_COMPLETED)
             if not work.done() and not response.complete:
                 self._metrics.disconnects.inc()
                 work.cancel()
             await asyncio.wait([work])
         finally:
-            gone.cancel()
+            disconnect.cancel()
             work.cancel()
         if not work.cancelled():
             work.result()
 
 
 class _Response:
-    """Passes a response on, with the request's id among its headers, and remembers how far it is."""
+    """Forwards a response with the request's id in its headers, and records its status and whether it is complete."""
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self._send = send
@@ -136,7 +131,7 @@ class _Response:
 
 
 def _replay(body: bytes) -> Receive:
-    """A body that has been read, as an application expects it; who listens on hears nothing."""
+    """An ASGI receive channel with a body that was already read. Later receive() calls block."""
     rest: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -147,6 +142,6 @@ def _replay(body: bytes) -> Receive:
     return receive
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

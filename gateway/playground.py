@@ -1,6 +1,4 @@
-"""The playground's files, as a browser wants them."""
-
-from __future__ import annotations
+"""Serves the playground's static files."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +13,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from elsewhere, nothing inline, no frame around it; screenshots and recordings are read from memory.
+# Nothing from other origins, nothing inline, no framing. Screenshots and recordings are data: and blob: URLs.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
     "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -25,12 +23,12 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(self)",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
-    "cache-control": "no-cache",  # kept, but asked after each time: a file and its new version are never mixed for long
+    "cache-control": "no-cache",  # revalidate each time, so that files of two versions are not mixed
 }
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve index.html at / and what it consists of beside it, read once."""
+def add_playground(app: FastAPI) -> None:
+    """Serve index.html at / and the other files next to it. All are read once."""
     for file in STATIC.iterdir():
         path = "/" if file.name == "index.html" else f"/{file.name}"
         app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(_File(file).answer)

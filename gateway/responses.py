@@ -1,6 +1,4 @@
-"""Answers in OpenAI's shapes: whole, and as the events of a stream."""
-
-from __future__ import annotations
+"""Responses in OpenAI's format: whole, or as a stream of server-sent events."""
 
 import json
 import time
@@ -15,19 +13,19 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
 from gateway.errors import ApiError
-from gateway.logprobs import Logprobs
+from gateway.logprobs import OpenAILogprobs
 
 DONE = b"data: [DONE]\n\n"
 STAGES = ("queue_ms", "preprocess_ms", "vision_ms", "audio_ms", "prefill_ms", "decode_ms")
 
-Pieces = AsyncGenerator[list[tuple[int, Response]], None]
+Responses = AsyncGenerator[list[tuple[int, Response]], None]
 
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass
-class Usage:
-    """The server's account of all choices of one request. `timings` are those of the first choice that has ended."""
+class CompletionUsage:
+    """Token counts of all choices of one request. `timings` (milliseconds) are those of the first finished choice."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -37,16 +35,16 @@ class Usage:
     timings: dict[str, float] = field(default_factory=dict)
 
     def add(self, usage: str) -> None:
-        """Take in the USAGE of a choice's last response. The choices share one prompt."""
-        told = json.loads(usage)
-        self.prompt_tokens = told["prompt_tokens"]
-        self.completion_tokens += told["completion_tokens"]
-        self.cached_tokens = max(self.cached_tokens, told["cached_tokens"])
-        self.image_tokens = told.get("image_tokens", 0)
-        self.audio_tokens = told.get("audio_tokens", 0)
-        self.timings = self.timings or {stage: told[stage] for stage in STAGES if stage in told}
+        """Add USAGE of a choice's last response. The choices share one prompt."""
+        values = json.loads(usage)
+        self.prompt_tokens = values["prompt_tokens"]
+        self.completion_tokens += values["completion_tokens"]
+        self.cached_tokens = max(self.cached_tokens, values["cached_tokens"])
+        self.image_tokens = values.get("image_tokens", 0)
+        self.audio_tokens = values.get("audio_tokens", 0)
+        self.timings = self.timings or {stage: values[stage] for stage in STAGES if stage in values}
 
-    def shape(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         details = {name: getattr(self, name) for name in ("cached_tokens", "image_tokens", "audio_tokens")}
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -58,58 +56,58 @@ class Usage:
 
 
 @dataclass
-class Answer:
-    """One request's answer. `kind` is "chat" for messages and deltas, "text" for plain completions."""
+class ResponseBuilder:
+    """Builds the response to one request. `kind` is "chat" for messages and deltas, "text" for plain completions."""
 
     kind: Literal["chat", "text"]
     id: str
     model: str
     wants_usage: bool = False
-    usage: Usage = field(default_factory=Usage)
+    usage: CompletionUsage = field(default_factory=CompletionUsage)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def gather(self, pieces: Pieces) -> dict[str, Any]:
-        """The whole answer, when all of `pieces` have come, each with the number of its choice."""
+    async def whole(self, responses: Responses) -> dict[str, Any]:
+        """The complete response, after the last of `responses`: batches of (index of the choice, response)."""
         texts: dict[int, str] = {}
         logprobs: defaultdict[int, list[str]] = defaultdict(list)
         finish_reasons: dict[int, str] = {}
-        heard: tuple[str, ...] = ()
-        async with aclosing(pieces):
-            async for together in pieces:
-                for index, response in together:
+        transcripts: tuple[str, ...] = ()
+        async with aclosing(responses):
+            async for batch in responses:
+                for index, response in batch:
                     texts[index] = texts.get(index, "") + response.text
                     logprobs[index].append(response.logprobs)
-                    heard = heard or response.transcripts
+                    transcripts = transcripts or response.transcripts
                     if response.finish_reason:
                         finish_reasons[index] = response.finish_reason
                         self.usage.add(response.usage)
         choices = [
-            self._choice(i, texts[i], finish_reasons[i], Logprobs(self.kind).shape(logprobs[i]), "message")
+            self._choice(i, texts[i], finish_reasons[i], OpenAILogprobs(self.kind).format(logprobs[i]), "message")
             for i in sorted(texts)
         ]
-        return {**self._head("", heard), "choices": choices, "usage": self.usage.shape()}
+        return {**self._head("", transcripts), "choices": choices, "usage": self.usage.to_dict()}
 
-    async def events(self, pieces: Pieces) -> AsyncGenerator[bytes, None]:
-        """The same as the events of a stream, as soon as their pieces have come; those together that came together."""
-        begun: dict[int, Logprobs] = {}
-        async with aclosing(pieces):
-            async for together in pieces:
-                if content := b"".join(self._events(together, begun)):
+    async def events(self, responses: Responses) -> AsyncGenerator[bytes, None]:
+        """Yield the events of the stream; those of one batch are joined."""
+        begun: dict[int, OpenAILogprobs] = {}
+        async with aclosing(responses):
+            async for batch in responses:
+                if content := b"".join(self._events(batch, begun)):
                     yield content
         yield self._last()
 
-    def _events(self, together: list[tuple[int, Response]], begun: dict[int, Logprobs]) -> Iterator[bytes]:
-        for index, response in together:
+    def _events(self, batch: list[tuple[int, Response]], begun: dict[int, OpenAILogprobs]) -> Iterator[bytes]:
+        for index, response in batch:
             if response.finish_reason:
                 self.usage.add(response.usage)
             elif not (response.text or response.transcripts or response.logprobs):
                 continue
             first = index not in begun
-            logprobs = begun.setdefault(index, Logprobs(self.kind))
-            yield self._piece(index, response, logprobs.shape([response.logprobs]), first=first)
+            logprobs = begun.setdefault(index, OpenAILogprobs(self.kind))
+            yield self._chunk(index, response, logprobs.format([response.logprobs]), first=first)
 
-    def _piece(self, index: int, response: Response, logprobs: dict[str, Any] | None, *, first: bool) -> bytes:
-        """The event of a choice's next piece of text; the last one has the finish reason."""
+    def _chunk(self, index: int, response: Response, logprobs: dict[str, Any] | None, *, first: bool) -> bytes:
+        """The event of a choice's next text; the last one has the finish reason."""
         choice = self._choice(index, response.text, response.finish_reason, logprobs, "delta")
         if self.kind == "chat" and not first:
             del choice["delta"]["role"]
@@ -117,13 +115,13 @@ class Answer:
         return event(chunk | {"usage": None} if self.wants_usage else chunk)
 
     def _last(self) -> bytes:
-        """What follows the last piece."""
+        """The end of the stream."""
         if not self.wants_usage:
             return DONE
-        return event({**self._head(".chunk"), "choices": [], "usage": self.usage.shape()}) + DONE
+        return event({**self._head(".chunk"), "choices": [], "usage": self.usage.to_dict()}) + DONE
 
-    def _head(self, suffix: str, heard: tuple[str, ...] = ()) -> dict[str, Any]:
-        """What all parts of an answer begin with; beyond OpenAI's, what was heard in the request's sound."""
+    def _head(self, suffix: str, transcripts: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The common fields. `transcripts` of the request's audio are an extension of OpenAI's format."""
         chat = self.kind == "chat"
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}",
@@ -131,21 +129,21 @@ class Answer:
             "created": self.created,
             "model": self.model,
         }
-        return head | {"transcripts": list(heard)} if heard else head
+        return head | {"transcripts": list(transcripts)} if transcripts else head
 
     def _choice(
-        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None, holder: str
+        self, index: int, text: str, finish_reason: str, logprobs: dict[str, Any] | None, key: str
     ) -> dict[str, Any]:
-        words = {holder: {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
-        return {"index": index, **words, "logprobs": logprobs, "finish_reason": finish_reason or None}
+        content = {key: {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason or None}
 
 
 def event(content: dict[str, Any]) -> bytes:
     return b"data: " + to_json(content).encode() + b"\n\n"
 
 
-class EventStream(HttpResponse):
-    """Server-sent events, each written when it comes. An error that comes after the first is the last event."""
+class EventStreamResponse(HttpResponse):
+    """Server-sent events, written as they arrive. An error after the first event becomes the last event."""
 
     media_type = "text/event-stream"
 

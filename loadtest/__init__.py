@@ -1,1 +1,1 @@
-"""Load on a running server: users over gRPC and over HTTP who send screenshots, and the times they see."""
+"""Load test of a running server: latencies of users who send screenshots over gRPC and HTTP."""

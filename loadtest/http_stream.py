@@ -1,6 +1,4 @@
-"""The ensemble over HTTP: `/generate_stream`, server-sent events with a JSON object each."""
-
-from __future__ import annotations
+"""The ensemble over HTTP: `/generate_stream`, whose server-sent events are JSON objects."""
 
 import base64
 import json
@@ -11,30 +9,30 @@ import requests
 
 
 class StreamError(Exception):
-    """The server refused the request, failed, or ended the stream early."""
+    """The server rejected the request, failed, or ended the stream early."""
 
 
 def body(task: str, image: bytes, **options: Any) -> dict[str, Any]:
-    """The JSON body that asks about one PNG: inputs and options side by side."""
+    """The JSON body of a request with one PNG file."""
     url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": task}]
     return {"MESSAGES": json.dumps([{"role": "user", "content": content}], ensure_ascii=False), **options}
 
 
 def stream(session: requests.Session, server: str, request: dict[str, Any], timeout: float) -> Iterator[list[int]]:
-    """The token ids of each piece as it comes; `timeout` seconds may pass between two.
+    """Yield the token ids of each piece. `timeout`: seconds between two pieces.
 
-    Raises StreamError, or what requests raises.
+    Raises StreamError, ValueError or requests.RequestException.
     """
     url = f"{server}/v2/models/ensemble/generate_stream"
     with session.post(url, json=request, stream=True, timeout=timeout) as response:
         finished = False
-        for event in events(response.iter_content(chunk_size=None)):  # None: hand on at once what has come
+        for event in events(response.iter_content(chunk_size=None)):  # None: yield data on arrival
             if "error" in event:
                 raise StreamError(event["error"])
             finished = finished or bool(event["FINISH_REASON"])
             ids = event["TOKEN_IDS"]
-            ids = ids if isinstance(ids, list) else [ids]  # Triton writes a tensor of one element without brackets
+            ids = ids if isinstance(ids, list) else [ids]  # Triton writes a one-element tensor as a scalar
             if ids or event["TEXT"]:
                 yield ids
         if not response.ok:
@@ -44,7 +42,7 @@ def stream(session: requests.Session, server: str, request: dict[str, Any], time
 
 
 def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects of a server-sent event stream, or the one object of an error answer. Raises ValueError."""
+    """The objects of a server-sent event stream, or the single object of an error response. Raises ValueError."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,9 +1,9 @@
-"""Users for Locust. `python -m loadtest` runs them."""
-
-from __future__ import annotations
+"""Locust users, run by `python -m loadtest`."""
 
 import random
+from abc import abstractmethod
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc.experimental.gevent
@@ -24,7 +24,7 @@ TIMEOUT = 120.0  # seconds
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def add_options(parser: LocustArgumentParser) -> None:
-    """The options of this file beside Locust's own."""
+    """Add the options of this file to those of Locust."""
     parser.add_argument("--grpc-server", default="127.0.0.1:8001")
     parser.add_argument("--http-server", default="http://127.0.0.1:8000")
     parser.add_argument("--samples", type=Path, default=SAMPLES)
@@ -32,9 +32,10 @@ def add_options(parser: LocustArgumentParser) -> None:
 
 
 class ScreenUser(User):
-    """Asks about one screen after another, without a pause."""
+    """Sends one screenshot after another, without pauses."""
 
     abstract = True
+    protocol: str
     wait_time = constant(0)
 
     def __init__(self, environment: Environment) -> None:
@@ -42,64 +43,57 @@ class ScreenUser(User):
         self.options: Namespace = environment.parsed_options or Namespace()
         self._samples = read_samples(self.options.samples)
 
-    def sample(self) -> Sample:
-        """Any of the samples."""
-        return random.choice(self._samples)
+    @task
+    def ask(self) -> None:
+        """Send one request and read its answer."""
+        meter = Meter(self.protocol, self.environment.events.request.fire)
+        try:
+            for num_tokens in self.stream(random.choice(self._samples)):
+                meter.piece(num_tokens)
+        except (AutoGLMError, http_stream.StreamError, requests.RequestException, ValueError) as error:
+            meter.end(error)
+        else:
+            meter.end()
 
-    def meter(self, protocol: str) -> Meter:
-        """A meter for the request that begins now."""
-        return Meter(protocol, self.environment.events.request.fire)
+    @abstractmethod
+    def stream(self, sample: Sample) -> Iterator[int]:
+        """Send a request; yield the number of tokens of each piece."""
 
 
 class GrpcUser(ScreenUser):
     """A user of the Python client."""
 
+    protocol = "grpc"
+
     def on_start(self) -> None:
-        """Every user has a connection of its own, as on a machine of its own."""
+        """Open a connection for this user."""
         self.client = Client(self.options.grpc_server, timeout=TIMEOUT)
 
     def on_stop(self) -> None:
         """Close the connection."""
         self.client.close()
 
-    @task
-    def ask(self) -> None:
-        """One request from beginning to end."""
-        sample = self.sample()
-        meter = self.meter("grpc")
-        try:
-            with self.client.stream(
-                prompt=sample.task, images=[sample.image], temperature=0.0, max_tokens=self.options.max_tokens
-            ) as stream:
-                for piece in stream:
-                    meter.piece(len(piece.token_ids))
-        except AutoGLMError as error:
-            meter.end(error)
-        else:
-            meter.end()
+    def stream(self, sample: Sample) -> Iterator[int]:
+        with self.client.stream(
+            prompt=sample.task, images=[sample.image], temperature=0.0, max_tokens=self.options.max_tokens
+        ) as stream:
+            for piece in stream:
+                yield len(piece.token_ids)
 
 
 class HttpUser(ScreenUser):
     """A user of plain HTTP."""
 
+    protocol = "http"
+
     def on_start(self) -> None:
-        """Every user has a connection of its own."""
+        """Open a connection for this user."""
         self.session = requests.Session()
 
     def on_stop(self) -> None:
         """Close the connection."""
         self.session.close()
 
-    @task
-    def ask(self) -> None:
-        """One request from beginning to end."""
-        sample = self.sample()
-        meter = self.meter("http")
+    def stream(self, sample: Sample) -> Iterator[int]:
         request = http_stream.body(sample.task, sample.image, temperature=0.0, max_tokens=self.options.max_tokens)
-        try:
-            for ids in http_stream.stream(self.session, self.options.http_server, request, TIMEOUT):
-                meter.piece(len(ids))
-        except (http_stream.StreamError, requests.RequestException, ValueError) as error:
-            meter.end(error)
-        else:
-            meter.end()
+        yield from map(len, http_stream.stream(self.session, self.options.http_server, request, TIMEOUT))

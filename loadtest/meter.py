@@ -1,6 +1,4 @@
-"""What a user of a streamed answer sees, as Locust events."""
-
-from __future__ import annotations
+"""Latencies of a streamed answer as Locust events."""
 
 import time
 from collections.abc import Callable
@@ -10,30 +8,30 @@ FIRST, BETWEEN, TOTAL = "time to first token", "time between tokens", "total"
 
 
 class Meter:
-    """Times one answer; `fire` is Locust's `events.request.fire`. Locust counts in milliseconds.
+    """Measures one answer and reports it to `fire`, Locust's `events.request.fire`, in milliseconds.
 
-    A failed answer counts once, as a failure of "total".
+    A failed answer is one failure of "total".
     """
 
     def __init__(self, protocol: str, fire: Callable[..., Any]) -> None:
         self._protocol = protocol
         self._fire = fire
-        self._begun = time.perf_counter()
-        self._last = 0.0
+        self._start_time = time.perf_counter()
+        self._last_time = 0.0
 
-    def piece(self, tokens: int) -> None:
-        """A piece of that many tokens has come; those of one piece share the time since the piece before."""
+    def piece(self, num_tokens: int) -> None:
+        """Record a piece. Its tokens share the time since the previous piece equally."""
         now = time.perf_counter()
-        if not self._last:
-            self._report(FIRST, now - self._begun, tokens)
-        elif tokens:
-            for _ in range(tokens):
-                self._report(BETWEEN, (now - self._last) / tokens, 1)
-        self._last = now
+        if not self._last_time:
+            self._report(FIRST, now - self._start_time, num_tokens)
+        elif num_tokens:
+            for _ in range(num_tokens):
+                self._report(BETWEEN, (now - self._last_time) / num_tokens, 1)
+        self._last_time = now
 
     def end(self, error: Exception | None = None) -> None:
-        """The answer is complete, or `error` ended it."""
-        self._report(TOTAL, time.perf_counter() - self._begun, 0, error)
+        """Record the end of the answer. `error`: the reason if it failed."""
+        self._report(TOTAL, time.perf_counter() - self._start_time, 0, error)
 
     def _report(self, name: str, seconds: float, length: int, error: Exception | None = None) -> None:
         self._fire(

@@ -1,4 +1,4 @@
-"""Small random checkpoints of the real architecture, made with transformers in the published file layouts."""
+"""Small random checkpoints of the real architecture, written by transformers in the published file layouts."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from demo.tokenizer import SPECIAL, TAGS
 
-# In our own words: renders as GLM-4.1V's template does.
+# Renders like GLM-4.1V's template.
 TEMPLATE = """\
 [gMASK]<sop>
 {%- for message in messages %}
@@ -29,7 +29,7 @@ TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the random checkpoints of the tests."""
+    """The parameters in which the tests' checkpoints differ."""
 
     hidden: int = 128
     layers: int = 2
@@ -72,7 +72,7 @@ def make_tokenizer(extra_text: tuple[str, ...] = ()) -> Tokenizer:
 
 
 def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int = 0) -> Any:
-    """Write a random checkpoint into `directory`; returns the transformers model it was saved from (fp32, eval)."""
+    """Write a random checkpoint and return the same model in transformers (fp32, eval)."""
     from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedTokenizerFast
 
     tokenizer = make_tokenizer()
@@ -104,7 +104,7 @@ def make_checkpoint(directory: Path, shape: Shape = SHAPES["plain"], seed: int =
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        # transformers' 0.02 leaves norms at 1 and answers alike: spread norms, and keep products at unit scale.
+        # With transformers' std of 0.02 and norms of 1 all answers would be identical.
         spread = torch.randn(parameter.shape, generator=generator)
         embedding = "embed" in name and parameter.dim() == 2
         fan_in = 1 if embedding else parameter[0].numel()
@@ -138,7 +138,7 @@ def _write_processor(directory: Path, old_layout: bool) -> None:
 
 
 def _to_old_layout(path: Path) -> None:
-    """Rope as GLM-4.1V-9B-Thinking's files have it: theta and factor beside a `rope_scaling`."""
+    """RoPE in the layout of GLM-4.1V-9B-Thinking: theta and factor outside of `rope_scaling`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config["text_config"]
     rope = text.pop("rope_parameters")

@@ -1,4 +1,4 @@
-"""Shared by all tests: a small random checkpoint, and the transformers model that it was saved from."""
+"""Fixtures of all tests: a small random checkpoint, and the same model in transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="session", params=SHAPES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """One after another, checkpoints of every shape."""
+    """A checkpoint of every shape in turn."""
     directory: Path = tmp_path_factory.mktemp(request.param)
     return Pair(reference=make_checkpoint(directory, SHAPES[request.param]), checkpoint=Checkpoint.open(directory))

@@ -1,1 +1,1 @@
-"""From sound files to text, or to embeddings that the language model reads."""
+"""From audio files to text, or to embeddings for the language model."""

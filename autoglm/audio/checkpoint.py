@@ -1,22 +1,22 @@
-"""Reading the configuration of a Hugging Face directory of Wav2Vec2, without transformers, which is slow to import."""
-
-from __future__ import annotations
+"""Reads the configuration of a Wav2Vec2 checkpoint, without transformers, which is slow to import."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoglm.checkpoint import CheckpointError, read_json
+from autoglm.errors import shorten
 
 BASE_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 BASE_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeechCheckpoint:
-    """A directory of Wav2Vec2; `open` reads its JSON files. Its tensors are the business of `autoglm.audio.wav2vec2`.
+    """The configuration of a Wav2Vec2 directory. `autoglm.audio.wav2vec2` reads its tensors.
 
-    `kernels` and `strides` are those of the convolutions that make frames of samples; `has_head` tells whether frames
-    can be read as letters; `do_normalize`, whether each clip is brought to zero mean and unit variance.
+    kernels, strides: of the convolutions that turn samples into frames.
+    do_normalize: clips are normalised to zero mean and unit variance.
+    has_head: there is a CTC head for transcripts.
     """
 
     path: Path
@@ -28,23 +28,24 @@ class SpeechCheckpoint:
     has_head: bool
 
     @classmethod
-    def open(cls, directory: str | Path) -> SpeechCheckpoint:
+    def open(cls, directory: str | Path) -> "SpeechCheckpoint":
         """Read the configuration of an encoder's directory.
 
         Raises:
-            CheckpointError: a file or key is missing, or the model is of another kind.
+            CheckpointError: a file or key is missing, or the model has another architecture.
         """
         path = Path(directory)
         config = read_json(path / "config.json")
-        kind = config.get("model_type")
-        if kind != "wav2vec2":
-            raise CheckpointError(f"{path}/config.json: model_type is {kind!r}, supported is 'wav2vec2'")
+        if (kind := config.get("model_type")) != "wav2vec2":
+            raise CheckpointError(f"{path}/config.json: model_type must be wav2vec2 (got {shorten(kind)})")
         if config.get("add_adapter"):
-            raise CheckpointError(f"{path}/config.json: add_adapter is true, supported are encoders without an adapter")
+            raise CheckpointError(f"{path}/config.json: add_adapter must be false (got true)")
         kernels = tuple(config.get("conv_kernel", BASE_KERNELS))
         strides = tuple(config.get("conv_stride", BASE_STRIDES))
         if len(kernels) != len(strides):
-            raise CheckpointError(f"{path}/config.json: {len(kernels)} conv_kernel for {len(strides)} conv_stride")
+            raise CheckpointError(
+                f"{path}/config.json: conv_stride must be as long as conv_kernel, {len(kernels)} (got {len(strides)})"
+            )
         extractor = read_json(path / "preprocessor_config.json")
         return cls(
             path=path,
@@ -58,19 +59,19 @@ class SpeechCheckpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold its weights."""
+        """The weight files."""
         return sorted((*self.path.glob("*.safetensors"), *self.path.glob("pytorch_model*.bin")))
 
     @property
     def least_samples(self) -> int:
-        """Samples of the shortest clip, which makes one frame."""
+        """Samples of the shortest clip, which has one frame."""
         samples = 1
         for kernel, stride in zip(reversed(self.kernels), reversed(self.strides), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def frames(self, samples: int) -> int:
-        """Frames that a clip of so many samples makes; 0 if it is too short."""
+        """Number of frames of a clip; 0 if it is too short."""
         for kernel, stride in zip(self.kernels, self.strides, strict=True):
             samples = max(0, (samples - kernel) // stride + 1)
         return samples

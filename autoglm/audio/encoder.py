@@ -1,6 +1,4 @@
-"""The speech encoder as a server needs it: sound files of many requests in, their embeddings or transcripts out."""
-
-from __future__ import annotations
+"""The speech encoder: audio files of many requests in, their embeddings or transcripts out."""
 
 import logging
 import threading
@@ -14,8 +12,8 @@ from autoglm.audio.projector import Projector
 from autoglm.audio.speech import Speech
 from autoglm.audio.wav2vec2 import Wav2Vec2
 from autoglm.config import AudioSection
-from autoglm.errors import Exact, RequestError, invalid
-from autoglm.media.audio_file import AudioFile, audio_hash, decode_audio
+from autoglm.errors import RequestError, Verbatim, invalid
+from autoglm.media.audio_file import AudioFile, decode_audio, media_hash
 from autoglm.media.encoder import FEATURE_DTYPE, MediaEncoder
 from autoglm.media.feature_cache import FeatureCache
 
@@ -24,20 +22,24 @@ log = logging.getLogger(__name__)
 MIB = 2**20
 
 
-class Heard(NamedTuple):
-    """What one request said: the embeddings of its bridged clips one after another, bfloat16 [tokens, hidden_size] on
-    the device in memory of their own, and the transcript of each clip, "" of bridged ones."""
+class EncodedClips(NamedTuple):
+    """The encoded clips of one request.
+
+    embeddings: those of its bridged clips one after another, bfloat16 [tokens, hidden_size] on the device, in their own
+        memory.
+    transcripts: of each clip; "" for bridged ones.
+    """
 
     embeddings: torch.Tensor
     transcripts: list[str]
 
 
 class _Clip(NamedTuple):
-    """A clip under its key in the cache: fp32 [samples] on the host, and the tokens that it is to become."""
+    """A clip's cache key, fp32 [samples] on the host, and number of embeddings."""
 
     key: str
     samples: torch.Tensor
-    tokens: int
+    num_tokens: int
 
 
 class _Model(NamedTuple):
@@ -45,10 +47,12 @@ class _Model(NamedTuple):
     projector: Projector | None
 
 
-class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
-    """Sound files to embeddings or text, batched, cached, safe for several threads.
+class AudioEncoder(MediaEncoder[AudioFile, _Clip]):
+    """Batched, cached and thread-safe; see `MediaEncoder`. The features of a transcript are its UTF-8 bytes, uint8 [n].
 
-    A transcript is kept as its UTF-8 bytes, uint8 [n] on the host.
+    Args:
+        hidden_size: of the language model.
+        dtype: of the computation.
     """
 
     kind = "speech encoder"
@@ -56,11 +60,6 @@ class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
     def __init__(
         self, speech: Speech, config: AudioSection, hidden_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """
-        Args:
-            hidden_size: of the language model.
-            dtype: what is computed in.
-        """
         super().__init__(device, config.decode_threads)
         self.speech = speech
         self.config = config
@@ -74,7 +73,7 @@ class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
 
     @property
     def model(self) -> _Model:
-        """Encoder and projector. Their weights are read when they are first asked for; who asks meanwhile waits."""
+        """Encoder and projector, loaded at first use; concurrent callers wait."""
         with self._loading:
             if self._model is None:
                 begin = time.perf_counter()
@@ -86,42 +85,42 @@ class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
                 log.info("speech encoder loaded from %s in %.1f s", speech.encoder.path, time.perf_counter() - begin)
             return self._model
 
-    def encode(self, requests: Sequence[Sequence[AudioFile]]) -> list[Heard | RequestError]:
+    def encode(self, requests: Sequence[Sequence[AudioFile]]) -> list[EncodedClips | RequestError]:
         """Encode the clips of several requests together.
 
         Returns:
-            For each request what it said; or the error of its first clip that cannot be used, which other requests do
-            not notice.
+            For each request its encoded clips, or the error of its first unusable clip, which does not affect other
+            requests.
         """
-        results: list[Heard | RequestError] = []
+        results: list[EncodedClips | RequestError] = []
         features = dict(self._encode(requests))
         for index, clips in enumerate(requests):
             found = features[index]
             if isinstance(found, RequestError):
                 results.append(found)
                 continue
-            bridged = [part for clip, part in zip(clips, found, strict=True) if clip.tokens]
-            texts = [
-                "" if clip.tokens else bytes(part.tolist()).decode() for clip, part in zip(clips, found, strict=True)
-            ]
-            results.append(Heard(self._join(bridged, self.hidden_size), texts))
+            pairs = list(zip(clips, found, strict=True))
+            bridged = [part for clip, part in pairs if clip.num_tokens]
+            transcripts = ["" if clip.num_tokens else bytes(part.tolist()).decode() for clip, part in pairs]
+            results.append(EncodedClips(self._join(bridged, self.hidden_size), transcripts))
         self._finish()
         return results
 
-    def _key(self, file: AudioFile) -> str:
-        return f"{'bridge' if file.tokens else 'transcript'}/{file.hash}"
+    def _cache_key(self, file: AudioFile) -> str:
+        return f"{'bridge' if file.num_tokens else 'transcript'}/{file.media_hash}"
 
-    def _identity(self, file: AudioFile) -> str:
-        return audio_hash(file.data, self.speech.identity)
+    def _media_hash(self, file: AudioFile) -> str:
+        return media_hash(file.data, self.speech.digest)
 
     def _read(self, file: AudioFile) -> _Clip:
-        self.speech.check("bridge" if file.tokens else "transcript")
+        self.speech.check("bridge" if file.num_tokens else "transcript", "")
         checkpoint, projector = self.speech.encoder, self.speech.projector
         samples = decode_audio(file.data, self.config, checkpoint.sampling_rate, "")
         frames = checkpoint.frames(len(samples))
-        if frames < 1 or (file.tokens and projector and projector.tokens(frames) != file.tokens):
-            raise invalid("", Exact(f"{file.tokens} tokens"), f"what the clip's {frames} frames are projected to")
-        return _Clip(self._key(file), self.model.encoder.prepare(samples), file.tokens)
+        if frames < 1 or (file.num_tokens and projector and projector.tokens(frames) != file.num_tokens):
+            accepted = f"sent with the number of embeddings of its {frames} frames"
+            raise invalid("", Verbatim(f"{file.num_tokens} tokens"), accepted)
+        return _Clip(self._cache_key(file), self.model.encoder.prepare(samples), file.num_tokens)
 
     def _fits(self, group: Sequence[_Clip], another: _Clip) -> bool:
         longest = max(len(clip.samples) for clip in (*group, another))
@@ -132,27 +131,26 @@ class SpeechEncoder(MediaEncoder[AudioFile, _Clip]):
     def _features(self, group: list[_Clip]) -> list[torch.Tensor]:
         encoder, projector = self.model
         frames = encoder.encode([clip.samples for clip in group])
-        bridged = [part for clip, part in zip(group, frames, strict=True) if clip.tokens]
-        written = [part for clip, part in zip(group, frames, strict=True) if not clip.tokens]
+        bridged = [part for clip, part in zip(group, frames, strict=True) if clip.num_tokens]
+        transcribed = [part for clip, part in zip(group, frames, strict=True) if not clip.num_tokens]
         embeddings = iter(projector(bridged) if projector is not None and bridged else ())
-        texts = iter(encoder.transcribe(written) if written else ())
+        transcripts = iter(encoder.transcribe(transcribed) if transcribed else ())
         return [
             next(embeddings).to(FEATURE_DTYPE, copy=True)
-            if clip.tokens
-            else torch.tensor(list(next(texts).encode()), dtype=torch.uint8)
+            if clip.num_tokens
+            else torch.tensor(list(next(transcripts).encode()), dtype=torch.uint8)
             for clip in group
         ]
 
     def _warm_up(self, lengths: Sequence[int]) -> None:
-        """Read the weights; on a GPU also encode clips of so many seconds, so that no request pays for what happens
-        once."""
+        """Load the weights; on a GPU also encode clips of these lengths in seconds, in every mode."""
         model = self.model
         if self.device.type != "cuda":
             return
         begin = time.perf_counter()
-        modes = [0] * self.speech.encoder.has_head + [1] * (model.projector is not None)
+        token_counts = [0] * self.speech.encoder.has_head + [1] * (model.projector is not None)
         for seconds in lengths:
             samples = torch.zeros(seconds * self.speech.encoder.sampling_rate)
-            self._features([_Clip("warm-up", samples, mode) for mode in modes])
+            self._features([_Clip("warm-up", samples, num_tokens) for num_tokens in token_counts])
         self._finish()
-        log.info("the speech encoder is warm after %.1f s", time.perf_counter() - begin)
+        log.info("warmed up the speech encoder in %.1f s", time.perf_counter() - begin)

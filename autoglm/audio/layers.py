@@ -1,12 +1,9 @@
-"""Wav2Vec2's layers as products of matrices, with frames as rows.
+"""Wav2Vec2's layers as matrix products, with frames as rows.
 
-The weights come from transformers' modules. A convolution is one product here, of the windows that it looks at with its
-weights: a GPU needs no preparation for each new length, as it does for its library's convolutions, and of grouped ones
-these are slow. Clips stand one behind the other; a window that reaches from one into the next belongs to no frame of
-either.
+The weights come from transformers' modules. A convolution is one product of its windows and its weights: unlike cuDNN's
+convolutions it needs no planning for new lengths, and grouped convolutions are faster. Clips are concatenated; windows
+that span two clips yield no frame of either.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WINDOWS = 2**27  # numbers that are laid out for one product
+MAX_ELEMENTS = 2**27  # of the windows copied for one product
 
 
 class Convolution:
@@ -26,13 +23,13 @@ class Convolution:
         self.bias = conv.bias
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        count, channels = rows.shape
-        shape = (count - self.kernel) // self.stride + 1, self.kernel * channels
+        num_rows, channels = rows.shape
+        shape = (num_rows - self.kernel) // self.stride + 1, self.kernel * channels
         return F.linear(rows.as_strided(shape, (self.stride * channels, 1)), self.weight, self.bias)
 
 
 class PositionalConvolution:
-    """[n, T, hidden_size] -> the same: each frame sees those around it; what lies outside of a clip counts as zero."""
+    """[n, T, hidden_size] -> the same shape. Clips are zero-padded."""
 
     def __init__(self, module: Any) -> None:
         """module: transformers' Wav2Vec2PositionalConvEmbedding, its weight norm removed."""
@@ -45,35 +42,35 @@ class PositionalConvolution:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         n, length, size = hidden.shape
-        channels, around = size // self.groups, self.kernel // 2
-        padded = F.pad(hidden, (0, 0, around, around))
+        channels, padding = size // self.groups, self.kernel // 2
+        padded = F.pad(hidden, (0, 0, padding, padding))
         rows = n * padded.shape[1]
         groups = padded.view(rows, self.groups, channels).transpose(0, 1).contiguous()
         shape = self.groups, rows - self.kernel + 1, self.kernel * channels
         windows = groups.as_strided(shape, (rows * channels, channels, 1))
-        at_once = max(1, WINDOWS // (shape[1] * shape[2]))
-        parts = zip(torch.split(windows, at_once), torch.split(self.weight, at_once), strict=True)
-        seen = torch.cat([torch.bmm(part, weight) for part, weight in parts])
-        seen = F.pad(seen.transpose(0, 1).flatten(1), (0, 0, 0, self.kernel - 1)).view(n, -1, size)[:, :length]
-        return self.activation(seen + self.bias)  # type: ignore[no-any-return]
+        groups_at_once = max(1, MAX_ELEMENTS // (shape[1] * shape[2]))
+        parts = zip(torch.split(windows, groups_at_once), torch.split(self.weight, groups_at_once), strict=True)
+        output = torch.cat([torch.bmm(part, weight) for part, weight in parts])
+        output = F.pad(output.transpose(0, 1).flatten(1), (0, 0, 0, self.kernel - 1)).view(n, -1, size)[:, :length]
+        return self.activation(output + self.bias)  # type: ignore[no-any-return]
 
 
 class EncoderLayer:
-    """[n, T, hidden_size] -> the same: attention, then a feed-forward network."""
+    """[n, T, hidden_size] -> the same shape: attention, then a feed-forward network."""
 
     def __init__(self, module: Any, norm_first: bool) -> None:
-        """module: transformers' Wav2Vec2EncoderLayer, or its ...StableLayerNorm, which norms first."""
+        """module: transformers' Wav2Vec2EncoderLayer, or Wav2Vec2EncoderLayerStableLayerNorm (pre-norm)."""
         attention = module.attention
-        self.heads, self.norm_first = attention.num_heads, norm_first
-        three = attention.q_proj, attention.k_proj, attention.v_proj
-        self.weight, self.bias = (torch.cat([getattr(p, name) for p in three]) for name in ("weight", "bias"))
+        self.num_heads, self.norm_first = attention.num_heads, norm_first
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        self.weight, self.bias = (torch.cat([getattr(proj, name) for proj in qkv]) for name in ("weight", "bias"))
         self.out = attention.out_proj
         self.norm_1, self.norm_2 = module.layer_norm, module.final_layer_norm
         self.feed_forward = module.feed_forward
         self.adapter = getattr(module, "adapter_layer", None)
 
     def __call__(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """mask: what is added to attention's scores, [n, 1, 1, T]."""
+        """mask: added to the attention scores, [n, 1, 1, T]."""
         if not self.norm_first:
             hidden = self.norm_1(hidden + self._attend(hidden, mask))
             return self.norm_2(hidden + self._feed(hidden))  # type: ignore[no-any-return]
@@ -82,10 +79,10 @@ class EncoderLayer:
         return hidden if self.adapter is None else hidden + self.adapter(hidden)
 
     def _attend(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        projected = F.linear(hidden, self.weight, self.bias).view(*hidden.shape[:2], 3, self.heads, -1)
+        projected = F.linear(hidden, self.weight, self.bias).view(*hidden.shape[:2], 3, self.num_heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(query, key, value, mask)
-        return self.out(seen.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _feed(self, hidden: torch.Tensor) -> torch.Tensor:
         feed = self.feed_forward

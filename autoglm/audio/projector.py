@@ -1,10 +1,7 @@
-"""The bridge: frames of the speech encoder to embeddings of the language model.
+"""The bridge: projects frames of the speech encoder to embeddings of the language model.
 
-As SLAM-LLM and Ultravox have it: k frames that follow each other are laid side by side, and two linear layers make one
-embedding of them.
+As in SLAM-LLM and Ultravox, k consecutive frames are stacked and mapped to one embedding by two linear layers.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -19,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoglm.checkpoint import CheckpointError, read_json
+from autoglm.errors import shorten
+from autoglm.weights.reader import load_parameters
 
 WEIGHTS = "model.safetensors"
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """Its config.json. `input_size` is that of a frame, `output_size` that of the language model's embeddings."""
+    """The projector's config.json. `input_size` is the encoder's hidden size, `output_size` the language model's."""
 
     frames_per_token: int
     input_size: int
@@ -35,31 +34,32 @@ class ProjectorConfig:
     activation: Literal["gelu", "relu"] = "gelu"
 
     @classmethod
-    def open(cls, directory: str | Path) -> ProjectorConfig:
-        """Read a projector's directory.
+    def open(cls, directory: str | Path) -> "ProjectorConfig":
+        """Read the config.json of a projector's directory.
 
         Raises:
-            CheckpointError: config.json is missing, or holds anything else than these fields.
+            CheckpointError: it is missing, or has an unknown key or a wrong value.
         """
         path = Path(directory) / "config.json"
         content = read_json(path)
         known = [field.name for field in fields(cls)]
         if unknown := sorted(content.keys() - set(known)):
-            raise CheckpointError(f"{path}: {unknown[0]} is unknown, allowed are {', '.join(known)}")
+            raise CheckpointError(f"{path}: {unknown[0]} is not a known key (accepted: {', '.join(known)})")
         for name in known[:-1]:
             if type(content.get(name)) is not int or content[name] < 1:
-                raise CheckpointError(f"{path}: {name} is {content.get(name)!r}, expected an integer of at least 1")
+                got = shorten(content.get(name))
+                raise CheckpointError(f"{path}: {name} must be an integer of at least 1 (got {got})")
         if content.get("activation", "gelu") not in ACTIVATIONS:
-            raise CheckpointError(f"{path}: activation is {content['activation']!r}, allowed are gelu and relu")
+            raise CheckpointError(f"{path}: activation must be gelu or relu (got {shorten(content['activation'])})")
         return cls(**content)
 
     def tokens(self, frames: int) -> int:
-        """Embeddings that so many frames make: the last may stand for fewer frames than the others."""
+        """Number of embeddings of a clip; the last may cover fewer frames than the others."""
         return -(-frames // self.frames_per_token)
 
 
 class Projector(nn.Module):
-    """Norm (if the checkpoint has one), linear, activation, linear."""
+    """Optional norm, linear, activation, linear."""
 
     def __init__(self, config: ProjectorConfig, norm: bool = False) -> None:
         super().__init__()
@@ -71,34 +71,35 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(config.hidden_size, config.output_size)
 
     @classmethod
-    def load(cls, directory: str | Path, device: torch.device, dtype: torch.dtype) -> Projector:
-        """Read a projector in evaluation mode.
+    def load(cls, directory: str | Path, device: torch.device, dtype: torch.dtype) -> "Projector":
+        """Load a projector in evaluation mode.
 
         Raises:
-            CheckpointError: the files do not fit each other.
+            CheckpointError: a file cannot be read, or the tensors do not match config.json.
         """
         path = Path(directory) / WEIGHTS
         config = ProjectorConfig.open(directory)
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            reason = "is not a readable safetensors file" if path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {reason}") from error
         projector = cls(config, norm="norm.weight" in tensors)
         try:
-            projector.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} is not what its config.json says: {error}") from None
+            load_parameters(projector, tensors.items(), {"": ""})
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} does not match its config.json: {error}") from None
         return projector.eval().requires_grad_(False).to(device, dtype)
 
     def save(self, directory: str | Path) -> None:
-        """Write what `load` reads."""
+        """Write the files that `load` reads."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path / WEIGHTS)
 
     def forward(self, clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Embeddings of each clip.
+        """Project the frames of each clip.
 
         Args:
             clips: frames [n, input_size] each.

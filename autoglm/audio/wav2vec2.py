@@ -1,15 +1,12 @@
 """Wav2Vec2 (Baevski et al. 2020): samples to frames of features, and frames to text by its CTC head.
 
-The weights are read by transformers; the way through them is our own (`autoglm.audio.layers`): a batch of clips of
-different length gives for each clip what it gives alone, nothing waits for the device, and the device does not wait for
-the host for long. Two things would not be so with transformers':
+transformers reads the weights; the forward pass is our own (`autoglm.audio.layers`). In a batch of clips of different
+lengths each clip gets the same features as alone, and `encode` never synchronises with the device. transformers'
+forward pass differs for checkpoints with a group norm (feat_extract_norm "group"), which were trained without padding:
 
-- Checkpoints with a group norm (feat_extract_norm "group") take each channel's mean and variance over the whole clip,
-  padding included, and were trained without padding: here the norm sees each clip's own frames.
-- transformers leaves the attention mask out of such checkpoints, so that clips would look at the padding.
+- It computes each channel's mean and variance over the whole row, padding included; here over the clip's own frames.
+- It applies no attention mask, so clips would attend to padding.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -26,7 +23,7 @@ from autoglm.audio.checkpoint import SpeechCheckpoint
 from autoglm.audio.layers import Convolution, EncoderLayer, PositionalConvolution
 from autoglm.checkpoint import CheckpointError
 
-EPSILON = 1e-7  # as transformers normalises
+EPSILON = 1e-7  # of transformers' normalisation
 
 
 class Wav2Vec2:
@@ -34,8 +31,8 @@ class Wav2Vec2:
 
     Args:
         model: transformers' Wav2Vec2Model.
-        head: [hidden_size] -> logits of the vocabulary; None if the checkpoint has none.
-        tokenizer: transformers' Wav2Vec2CTCTokenizer; needed with a head.
+        head: [hidden_size] -> logits of the vocabulary, or None.
+        tokenizer: transformers' Wav2Vec2CTCTokenizer; required with a head.
     """
 
     def __init__(self, checkpoint: SpeechCheckpoint, model: Any, head: nn.Module | None, tokenizer: Any) -> None:
@@ -54,13 +51,13 @@ class Wav2Vec2:
         self.device, self.dtype = weight.device, weight.dtype
 
     @classmethod
-    def load(cls, checkpoint: SpeechCheckpoint, device: torch.device, dtype: torch.dtype) -> Wav2Vec2:
-        """Read the weights.
+    def load(cls, checkpoint: SpeechCheckpoint, device: torch.device, dtype: torch.dtype) -> "Wav2Vec2":
+        """Load the weights.
 
         Raises:
-            CheckpointError: the files do not fit the model.
+            CheckpointError: the files do not match the model.
         """
-        from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC, Wav2Vec2Model  # seconds, and only needed here
+        from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC, Wav2Vec2Model  # takes seconds
 
         kind: Any = Wav2Vec2ForCTC if checkpoint.has_head else Wav2Vec2Model
         try:
@@ -72,30 +69,32 @@ class Wav2Vec2:
                 output_loading_info=True,
             )
             tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(checkpoint.path) if checkpoint.has_head else None
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint.path}: {error}") from None
-        # Only training masks spans of its input: old files lack what it puts there.
+        except Exception as error:  # transformers raises a dozen types
+            files = ", ".join(sorted(path.name for path in checkpoint.path.iterdir()))
+            accepted = f"a valid checkpoint of {kind.__name__}" + (" with its tokenizer" if checkpoint.has_head else "")
+            raise CheckpointError(f"{checkpoint.path} must contain {accepted} (got {files})") from error
+        # The embedding of masked spans is only used in training; old files lack it.
         missing = sorted(name for name in found["missing_keys"] if not name.endswith("masked_spec_embed"))
         if missing:
             raise CheckpointError(f"{checkpoint.path}: {len(missing)} tensors are missing, the first is {missing[0]}")
         model = loaded.wav2vec2 if checkpoint.has_head else loaded
-        remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")  # weight norm: else computed in each pass
+        remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")  # fold the weight norm
         loaded.eval().requires_grad_(False).to(device, dtype)
         head = loaded.lm_head if checkpoint.has_head else None
         return cls(checkpoint, model, head, tokenizer)
 
     def prepare(self, samples: npt.NDArray[np.float32]) -> torch.Tensor:
-        """A clip as `encode` takes it: fp32 [samples] on the CPU, normalised if the checkpoint wants it."""
+        """The input of `encode` for a clip: fp32 [samples] on the CPU, normalised if the checkpoint requires it."""
         if self.checkpoint.do_normalize:
             samples = (samples - samples.mean()) / np.sqrt(samples.var() + EPSILON)
         return torch.from_numpy(np.ascontiguousarray(samples, np.float32))
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Features of prepared clips, all in one pass.
+        """Encode prepared clips in one pass.
 
         Args:
-            clips: fp32 [samples] each, of at least `least_samples`.
+            clips: fp32 [samples] each, at least `least_samples` long.
 
         Returns:
             [frames, hidden_size] of each on the device, views of one tensor.
@@ -105,9 +104,9 @@ class Wav2Vec2:
         hidden, _ = self._projection(self._convolve(clips)[:, :longest])
         mask = None
         if min(counts) < longest:
-            exists = self._send(torch.arange(longest)[None] < torch.tensor(counts)[:, None])  # [n, T]
-            hidden = hidden.masked_fill(~exists[..., None], 0)  # as the convolution over positions pads a clip alone
-            mask = torch.zeros_like(exists, dtype=self.dtype).masked_fill(~exists, float("-inf"))[:, None, None]
+            padding = self._send(torch.arange(longest)[None] >= torch.tensor(counts)[:, None])  # [n, T]
+            hidden = hidden.masked_fill(padding[..., None], 0)  # the zero padding of the positional convolution
+            mask = torch.zeros_like(padding, dtype=self.dtype).masked_fill(padding, float("-inf"))[:, None, None]
         hidden = hidden + self._positions(hidden)
         hidden = hidden if self._norm_first else self._norm(hidden)
         for layer in self._layers:
@@ -117,10 +116,12 @@ class Wav2Vec2:
 
     @torch.inference_mode()
     def transcribe(self, features: Sequence[torch.Tensor]) -> list[str]:
-        """The text of each clip, greedily: the likeliest letter of each frame, repetitions and blanks left out.
+        """Decode each clip greedily: the likeliest letter of each frame, without repetitions and blanks.
+
+        Synchronises with the device.
 
         Args:
-            features: [frames, hidden_size] each, as `encode` returns them. Waits for the device.
+            features: [frames, hidden_size] each, from `encode`.
 
         Raises:
             ValueError: the checkpoint has no CTC head.
@@ -131,9 +132,9 @@ class Wav2Vec2:
         return [self._tokenizer.decode(ids) for ids in letters.split([len(clip) for clip in features])]
 
     def _convolve(self, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, T, channels]; frames behind a clip's own are arbitrary, but finite."""
+        """[n, T, channels]; frames past the end of a clip are arbitrary but finite."""
         step = math.prod(self.checkpoint.strides)
-        length = -(-max(len(clip) for clip in clips) // step) * step  # all layers' frames begin anew with each clip
+        length = -(-max(len(clip) for clip in clips) // step) * step  # clips start at a frame boundary of every layer
         samples = torch.zeros(len(clips), length)
         for row, clip in zip(samples, clips, strict=True):
             row[: len(clip)] = clip
@@ -156,7 +157,7 @@ class Wav2Vec2:
 
 
 def norm_channels(rows: torch.Tensor, norm: nn.GroupNorm) -> None:
-    """Bring each channel of one clip to zero mean and unit variance, in place, then scale and shift it as learnt."""
+    """Apply a group norm with one group per channel to one clip, in place."""
     values = rows.float()
     variance, mean = torch.var_mean(values, 0, correction=0)
     scale = (variance + norm.eps).rsqrt() * norm.weight

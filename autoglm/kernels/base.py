@@ -1,7 +1,7 @@
-"""The operations of the two models: kernels in the Triton language on a GPU, plain PyTorch elsewhere.
+"""The operations of the models, as a protocol with two implementations.
 
-`reference` holds the twin of every kernel, with the same signature; tests compare the two. Which of them computes is
-chosen here, once, by `choose`.
+`gpu` has the kernels, written in Triton; `reference` has the twin of each in plain PyTorch, which the CPU runs and the
+kernels are tested against. All arguments are keyword-only.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from autoglm.quantization.linear import ExternalLinear
 Weight: TypeAlias = torch.Tensor | Int8Weight | ExternalLinear
 
 WEIGHT_ONLY_ROWS = 1
-"""Up to so many rows INT8 weights meet unquantised activations; more rows are quantised too (W8A8). On one NVIDIA H200
-a decode step's products take 2.36 ms against 2.7 ms at one row, and 3.0 against 2.7 ms at two."""
+"""Batches up to this size use weight-only INT8; larger ones quantise the activations too (W8A8). On one NVIDIA H200 the
+products of a decode step take 2.36 against 2.7 ms at one row, and 3.0 against 2.7 ms at two."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,80 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Cosines and sines, fp32 [2, positions, rotary_dim / 2], and how many of the pairs follow each of three axes."""
+class AttentionConfig:
+    """Constants of a model's attention.
 
-    table: torch.Tensor
-    sections: tuple[int, int, int]
+    num_heads: query heads.
+    dtype: of queries and results.
+    rotary_table: cosines and sines, fp32 [2, positions, rotary_dim / 2].
+    mrope_section: how many of the rotated pairs follow each of the three axes (time, height, width).
+    """
+
+    num_heads: int
+    dtype: torch.dtype
+    rotary_table: torch.Tensor
+    mrope_section: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """The sequences of a launch: one new token each, or packed chunks of prompts. T is their number of tokens.
+
+    positions: int32 [3, T].
+    block_table: int32 [n, max_blocks], or [n, kv_heads, max_blocks] from `select_pages`.
+    seq_lens: int32 [n], keys of each sequence including the new ones; 0 for padding rows.
+    slot_mapping: int64 [T], each token's index in the cache; tokens with a negative one are not stored. Only of chunks.
+    cu_seqlens_q: int32 [n + 1], the first row of each chunk, then T. Only of chunks.
+    max_seqlen_q: the largest possible number of tokens of a chunk.
+    """
+
+    positions: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    max_seqlen_q: int = 0
+
+
+@dataclass(frozen=True)
+class PageSelection:
+    """The candidates of `select_pages`.
+
+    slots: int32 [B], the sequences' request slots.
+    visual_blocks: int32 [num_slots, max_blocks], 1 for blocks that hold visual keys only.
+    num_kept: int32 [num_slots], how many visual blocks to keep; ties go to the first.
+    """
+
+    slots: torch.Tensor
+    visual_blocks: torch.Tensor
+    num_kept: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingState:
+    """The sampling state of all request slots; see `autoglm.kernels.sampling_metadata`.
+
+    sampling_metadata: int32 [num_slots, WIDTH].
+    output_token_counts: int32 [num_slots, vocab].
+    last_tokens: int64 [num_slots], the last sampled token.
+    logits_buffer: fp32 [num_slots, vocab], the logits of rows whose sampling is deferred.
+    """
+
+    sampling_metadata: torch.Tensor
+    output_token_counts: torch.Tensor
+    last_tokens: torch.Tensor
+    logits_buffer: torch.Tensor
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, [slots, kv_heads, head_dim]; slot = block * block_size + offset.
+    """Keys and values of one layer, [num_blocks * block_size, kv_heads, head_dim].
 
-    8-bit caches have fp32 scales [slots, kv_heads]: INT8 one for each slot and head, written with the key; FP8 fixed
-    ones, expanded along the slots.
+    8-bit caches have fp32 scales [num_blocks * block_size, kv_heads]: for INT8 one for each token and head, stored with
+    the key; for FP8 fixed ones, expanded along the tokens.
+
+    key_bounds: [num_blocks, kv_heads, 2, head_dim] in the model's dtype, minima and maxima of the keys of visual blocks
+        in each channel; only `select_pages` reads them.
     """
 
     keys: torch.Tensor
@@ -48,58 +109,69 @@ class LayerCache:
     block_size: int
     key_scales: torch.Tensor | None = None
     value_scales: torch.Tensor | None = None
+    key_bounds: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Images that lie packed in one pass of the vision encoder, one behind another.
+class VarlenPacking:
+    """Images packed without padding in one pass of the vision encoder.
 
     lengths: rows of each image.
-    apart: (first row, length) of the images that get launches of their own.
-    tiles: int32 [n, 3] on the device, for the launch that takes all others: the first query of a tile, and the first
-        row of its image and the row behind it; None if there are no others.
+    separate: (first row, length) of the images that are launched on their own.
+    tiles: int32 [n, 3] on the device, for the one launch over all other images: the first query of a tile, and the
+        first and the end row of its image; None if there are no others.
     """
 
     lengths: tuple[int, ...]
-    apart: tuple[tuple[int, int], ...] = ()
+    separate: tuple[tuple[int, int], ...] = ()
     tiles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Taps:
-    """How one side of an image is resized, in fixed point with PLACES binary places.
+class ResampleFilter:
+    """The filter that resizes one axis of an image, in fixed point with FRACTION_BITS binary places.
 
-    starts: int32 [target], the first source pixel that a target pixel is made of.
-    weights: int32 [target, n], of that pixel and the following; 0 behind the source's end.
+    starts: int32 [target], the first source pixel of each target pixel.
+    weights: int32 [target, n], of that pixel and the following ones; 0 past the end of the source.
     """
 
-    PLACES: ClassVar[int] = 22
+    FRACTION_BITS: ClassVar[int] = 22
 
     starts: torch.Tensor
     weights: torch.Tensor
 
 
+def required(tensor: torch.Tensor | None) -> torch.Tensor:
+    """A tensor that the caller must have set."""
+    if tensor is None:
+        raise ValueError("a tensor that this operation needs is None")
+    return tensor
+
+
 class Kernels(Protocol):
-    """What computes. T rows, one for each token of a pass; `branch` and `qkv` are partial sums over their first
-    dimension, which the reader adds up."""
+    """The operations. T is the number of tokens of a pass, B its number of decoding sequences.
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Rows of the table [V, H] for int64 ids [T], on the ids' device; the table may lie in pinned host memory."""
+    `branch` and `qkv` are partial sums over their first dimension S; the consumer adds them up.
+    """
 
-    def quantizes(self, weight: Weight, rows: int) -> bool:
-        """Whether `linear` and `gate_up` want int8 rows for this weight and so many of them."""
+    def embed(self, *, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of a table [V, H] for int64 ids [T], on the ids' device; the table may be in pinned host memory."""
 
-    def quantize(self, x: torch.Tensor) -> Activation:
-        """float [T, K] -> int8, one scale for each row (symmetric, from the row's largest magnitude)."""
+    def quantizes(self, *, weight: Weight, rows: int) -> bool:
+        """Whether `linear` and `gate_up` take int8 activations for this weight and number of rows."""
 
-    def linear(self, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def quantize(self, *, x: torch.Tensor) -> Activation:
+        """float [T, K] -> int8 with one symmetric scale for each row, from the row's largest magnitude."""
+
+    def linear(self, *, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] times weight [N, K] transposed -> partial sums [S, T, N], fp32 where S > 1."""
 
-    def gate_up(self, x: Activation, weight: Weight) -> torch.Tensor:
-        """silu(gate) * up, the weight's first half of rows being the gate's -> [T, N / 2]."""
+    def gate_up(self, *, x: Activation, weight: Weight) -> torch.Tensor:
+        """silu(gate) * up, where the first half of the weight's rows is the gate -> [T, N / 2]."""
 
     def add_norm(
         self,
+        *,
         branch: torch.Tensor | None,
         residual: torch.Tensor,
         branch_norm: torch.Tensor | None,
@@ -110,98 +182,73 @@ class Kernels(Protocol):
         """residual += rms_norm(branch) * branch_norm, then x = rms_norm(residual) * norm.
 
         Args:
-            branch: [S, T, H], None at the first layer.
-            branch_norm: None where the branch is added as it is.
+            branch: [S, T, H]; None at the first layer.
+            branch_norm: [H]; None adds the branch without a norm.
             residual: [T, H]; may be changed in place.
-            quantized: whether x is wanted in int8.
+            quantized: return x in int8.
 
         Returns:
             x and the new residual.
         """
 
-    def store_keys(
+    def store_kv(
         self,
+        *,
         qkv: torch.Tensor,
         positions: torch.Tensor,
-        rotary: Rotary,
+        slot_mapping: torch.Tensor,
         cache: LayerCache,
-        slots: torch.Tensor,
-        heads: int,
-        dtype: torch.dtype,
+        config: AttentionConfig,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate q and k, and write k and v into the cache.
+        """Rotate q and k, and store k and v in the cache.
 
         Args:
-            qkv: [S, T, (heads + 2 * kv_heads) * head_dim].
-            positions: int32 [3, T].
-            slots: int64 [T]; what has a negative one is not written.
+            qkv: [S, T, (num_heads + 2 * kv_heads) * head_dim].
+            positions, slot_mapping: see `AttentionMetadata`.
 
         Returns:
-            q [T, heads, head_dim] and k, v [T, kv_heads, head_dim] in `dtype`.
+            q [T, num_heads, head_dim] and k, v [T, kv_heads, head_dim] in `config.dtype`.
         """
 
     def decode_attention(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        rotary: Rotary,
-        cache: LayerCache,
-        block_table: torch.Tensor,
-        lengths: torch.Tensor,
-        heads: int,
-        dtype: torch.dtype,
+        self, *, qkv: torch.Tensor, cache: LayerCache, metadata: AttentionMetadata, config: AttentionConfig
     ) -> torch.Tensor:
-        """`store_keys` and attention of one new token a sequence, whose slot follows from its length.
+        """`store_kv` and attention for one new token of each sequence; seq_lens gives its index in the cache.
 
         Args:
-            qkv: [S, B, (heads + 2 * kv_heads) * head_dim].
-            positions: int32 [3, B].
-            block_table: int32 [B, max_blocks], or [B, kv_heads, max_blocks] as `choose_pages` makes it.
-            lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad.
+            qkv: [S, B, (num_heads + 2 * kv_heads) * head_dim].
 
         Returns:
-            [B, heads * head_dim] in `dtype`; zeros in rows that pad.
+            [B, num_heads * head_dim] in `config.dtype`; zeros in padding rows.
         """
 
-    def choose_pages(
+    def select_pages(
         self,
+        *,
         qkv: torch.Tensor,
-        positions: torch.Tensor,
-        rotary: Rotary,
-        summaries: torch.Tensor,
-        block_table: torch.Tensor,
-        lengths: torch.Tensor,
-        seats: torch.Tensor,
-        visual: torch.Tensor,
-        kept: torch.Tensor,
-        block_size: int,
-        heads: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks that one new token of each sequence looks at: those that are not visual, and some that are.
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        pages: PageSelection,
+        config: AttentionConfig,
+    ) -> AttentionMetadata:
+        """The blocks that one new token of each sequence attends to: all non-visual ones and the best visual ones.
 
-        A block's bound is what its scores cannot exceed, given the least and the greatest of its keys in each channel,
-        summed over the query heads of a group (Tang et al. 2024, "Quest").
+        Visual blocks are ranked by an upper bound of their scores, computed from the minimum and maximum of their keys
+        in each channel and summed over the query heads of a group (Tang et al. 2024, "Quest").
 
         Args:
-            qkv: [S, B, (heads + 2 * kv_heads) * head_dim], not rotated.
-            positions: int32 [3, B].
-            summaries: [blocks, kv_heads, 2, head_dim] in the model's dtype, minima and maxima; of visual blocks only.
-            block_table: int32 [B, max_blocks].
-            lengths: int32 [B], keys of each sequence with the new one; 0 for rows that only pad.
-            seats: int32 [B].
-            visual: int32 [seats, max_blocks], 1 where a seat's sequence has a block of visual keys only.
-            kept: int32 [seats], how many of these stay, those with the highest bounds; of equal ones the first.
+            qkv: [S, B, (num_heads + 2 * kv_heads) * head_dim], not rotated.
 
         Returns:
-            int32 [B, kv_heads, max_blocks], blocks in their order, behind them anything; and the lengths, int32 [B],
-            that follow for `decode_attention`.
+            The metadata for `decode_attention`, with a block table int32 [B, kv_heads, max_blocks], the selected blocks
+            in order, then arbitrary ones, and the seq_lens that match it.
         """
 
-    def most_diverse(self, embeddings: torch.Tensor, count: int) -> torch.Tensor:
-        """Choose `count` rows so that the two that are most alike are as unlike as a greedy choice can make them.
+    def divprune(self, *, embeddings: torch.Tensor, count: int) -> torch.Tensor:
+        """Choose `count` diverse rows: greedily, the next is the one least similar to its nearest chosen row.
 
-        By cosine, starting with the row whose nearest neighbour is farthest; of equals the first (Alvar et al. 2025,
-        "DivPrune"). It has room for n * n numbers in fp32.
+        Similarity is the cosine; the first is the row whose nearest neighbour is farthest; ties go to the first row
+        (Alvar et al. 2025, "DivPrune"). Needs memory for n * n fp32 values.
 
         Args:
             embeddings: [n, hidden], n >= count >= 1.
@@ -210,44 +257,28 @@ class Kernels(Protocol):
             int64 [count], in ascending order.
         """
 
-    def prefill_attention(
-        self,
-        q: torch.Tensor,
-        cache: LayerCache,
-        block_table: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        longest_chunk: int,
-    ) -> torch.Tensor:
-        """Causal attention of chunks, whose keys and values the cache already has.
+    def prefill_attention(self, *, q: torch.Tensor, cache: LayerCache, metadata: AttentionMetadata) -> torch.Tensor:
+        """Causal attention of packed chunks whose keys and values are in the cache.
+
+        A chunk's last query is at the last key of its sequence.
 
         Args:
-            q: [T, heads, head_dim], rotated, the chunks packed one behind another.
-            block_table: int32 [n, max_blocks].
-            starts: int32 [n + 1], the row where each chunk begins, then T.
-            lengths: int32 [n], keys that each sequence has; a chunk's last query stands at the last of them.
+            q: [T, num_heads, head_dim], rotated.
 
         Returns:
-            [T, heads * head_dim] in q's dtype.
+            [T, num_heads * head_dim] in q's dtype.
         """
 
-    def read_seats(
-        self,
-        seats: torch.Tensor,
-        lengths: torch.Tensor,
-        positions: torch.Tensor,
-        blocks: torch.Tensor,
-        tokens: torch.Tensor,
-        tables: torch.Tensor,
-        block_size: int,
+    def read_slots(
+        self, *, rows: torch.Tensor, last_tokens: torch.Tensor, block_tables: torch.Tensor, block_size: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a pass takes from the seats of n sequences; notes first which block each of them ends in.
+        """Gather a pass's inputs from the request slots of n sequences, after storing their last blocks in the tables.
 
         Args:
-            seats, lengths, positions, blocks: int32 [n]; the tokens that a sequence has with this pass (0 for rows
-                that only pad: nothing is noted), the position of the last of them, and its block.
-            tokens: int64 [seats], the last sampled token of each seat.
-            tables: int32 [seats, max_blocks], the blocks of each seat's sequence.
+            rows: int32 [>= 4, n]: slots; tokens of each sequence including this pass, 0 for padding rows, which write
+                nothing; the position of each last token; the block of that token.
+            last_tokens: int64 [num_slots], the last sampled token of each slot.
+            block_tables: int32 [num_slots, max_blocks].
 
         Returns:
             The last sampled tokens int64 [n], their positions on all axes int32 [3, n], the block tables
@@ -255,95 +286,79 @@ class Kernels(Protocol):
         """
 
     def sample(
-        self,
-        logits: torch.Tensor,
-        seats: torch.Tensor,
-        steps: torch.Tensor,
-        records: torch.Tensor,
-        marks: torch.Tensor,
-        tokens: torch.Tensor,
-        kept: torch.Tensor,
+        self, *, logits: torch.Tensor, slots: torch.Tensor, steps: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
-        """Choose the next token of each row, and note it in its seat; or, if its record says so, keep its logits.
+        """Sample the next token of each row into its slot, or keep the logits of rows whose sampling is deferred.
 
-        Penalties first; then, unless the temperature is 0, the logits are divided by it, and the distribution is cut
-        by min-p, top-k and top-p in this order. The draw is argmax(logit + Gumbel noise), see Maddison et al. 2014,
-        "A* Sampling". The noise follows from seed, step and token alone, so that a draw depends on its own sequence
-        only.
+        Penalties are applied first. Unless the temperature is 0 (greedy), the logits are then divided by it, and min-p,
+        top-k and top-p cut the distribution in this order. The draw is argmax(logit + Gumbel noise) (Maddison et al.
+        2014, "A* Sampling"); the noise depends on seed, step and token only, so sequences do not affect each other.
+        Sampled tokens are counted. Deferred rows change nothing but the logits buffer.
 
         Args:
             logits: fp32 [n, vocab]; may be changed.
-            seats: int32 [n].
-            steps: int32 [n], how many tokens each answer has so far.
-            records: int32 [seats, WIDTH], see `autoglm.kernels.sampling_metadata`.
-            marks: int32 [seats, vocab], which tokens came before; the chosen ones are counted.
-            tokens: int64 [seats], where the chosen tokens go.
-            kept: fp32 [seats, vocab], where the logits of deferred rows go; nothing else is changed for these.
+            slots: int32 [n].
+            steps: int32 [n], tokens of each answer so far.
 
         Returns:
             int32 [n], -1 for deferred rows.
         """
 
-    def sample_late(
-        self,
-        seats: torch.Tensor,
-        steps: torch.Tensor,
-        masks: torch.Tensor,
-        records: torch.Tensor,
-        marks: torch.Tensor,
-        tokens: torch.Tensor,
-        kept: torch.Tensor,
+    def sample_deferred(
+        self, *, slots: torch.Tensor, steps: torch.Tensor, masks: torch.Tensor, state: SamplingState
     ) -> torch.Tensor:
-        """Choose the next tokens of rows that `sample` has deferred, as it would, from what their masks allow.
+        """Sample the rows that `sample` has deferred, from the tokens that their masks allow.
 
-        A token that is not allowed counts as one of logit -inf before anything else is done. It is never chosen, not
-        even where no allowed token has a finite logit.
-
-        Args:
-            masks: int32 [n, ceil(vocab / 32)]; bit t % 32 of word t // 32 says that token t is allowed. At least one
-                is.
-            kept: fp32 [seats, vocab], the rows' logits as `sample` has left them; may be changed.
-
-        The others, and the result, are those of `sample`.
-        """
-
-    def unfilter(self, rows: torch.Tensor, channels: int) -> torch.Tensor:
-        """The pixels of a PNG of 8 bits a channel: its scanlines, uint8 [H, 1 + W * channels] with the filter (0-4) in
-        front of each -> uint8 [H, W, 3], of the first three channels."""
-
-    def resample(self, pixels: torch.Tensor, taps: Taps, axis: int) -> torch.Tensor:
-        """One side of an image resized: uint8 [H, W, 3] -> uint8, axis 0 (H) or 1 (W) as long as the taps say.
-
-        The sum of the weighted pixels, in int32, is rounded to the nearest integer and clipped.
-        """
-
-    def patchify(self, pixels: torch.Tensor, levels: torch.Tensor, patch: int, merge: int, frames: int) -> torch.Tensor:
-        """Look an image's levels up and cut it into patches.
+        A masked token has logit -inf before anything else is applied. It is never sampled, even where no allowed token
+        has a finite logit. The logits buffer may be changed.
 
         Args:
-            pixels: uint8 [H, W, 3], H and W multiples of patch * merge.
-            levels: [3, 256], what each level of each channel becomes.
+            masks: int32 [n, ceil(vocab / 32)]; bit t % 32 of word t // 32 allows token t. At least one is set.
+
+        The other arguments and the result are those of `sample`.
+        """
+
+    def unfilter(self, *, rows: torch.Tensor, channels: int) -> torch.Tensor:
+        """Undo the scanline filters of an 8-bit PNG: uint8 [H, 1 + W * channels], each row after its filter (0-4)
+        -> uint8 [H, W, 3], the first three channels."""
+
+    def resample(self, *, pixels: torch.Tensor, resample_filter: ResampleFilter, axis: int) -> torch.Tensor:
+        """Resize one axis of an image, 0 (H) or 1 (W): uint8 [H, W, 3] -> uint8, with the filter's target length.
+
+        The weighted sum, in int32, is rounded to nearest and clipped.
+        """
+
+    def patchify(
+        self, *, pixels: torch.Tensor, levels: torch.Tensor, patch_size: int, merge_size: int, temporal_patch_size: int
+    ) -> torch.Tensor:
+        """Normalise an image by table lookup and cut it into patches.
+
+        Args:
+            pixels: uint8 [H, W, 3], H and W multiples of patch_size * merge_size.
+            levels: [3, 256], the normalised value of each level of each channel.
 
         Returns:
-            [N, 3 * frames * patch * patch] in the dtype of `levels`: blocks of merge x merge patches after one
-            another, a patch as (channel, frame, row, column) with the frame repeated.
+            [N, 3 * temporal_patch_size * patch_size^2] in the dtype of `levels`: merge blocks one after another, each
+            patch as (channel, frame, row, column) with the frame repeated.
         """
 
-    def pack(self, lengths: tuple[int, ...], device: torch.device) -> Packing:
-        """How `image_attention` will go over images of these lengths; called once for each pass of the encoder."""
+    def pack_varlen(self, *, lengths: tuple[int, ...], device: torch.device) -> VarlenPacking:
+        """Plan `image_attention` for images of these lengths; called once for each pass of the encoder."""
 
     def rotate_heads(
-        self, qkv: torch.Tensor, angles: torch.Tensor, heads: int, dtype: torch.dtype
+        self, *, qkv: torch.Tensor, angles: torch.Tensor, num_heads: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turn the halves of each head of q and k against each other (NEOX order).
+        """Apply the rotary embedding to q and k (NEOX order: the halves of a head are rotated against each other).
 
         Args:
-            qkv: [S, N, 3 * heads * head_dim]; may be changed in place.
+            qkv: [S, N, 3 * num_heads * head_dim]; may be changed in place.
             angles: cosines and sines, fp32 [2, N, head_dim / 2].
 
         Returns:
-            q, k and v, each [N, heads, head_dim] in `dtype`; rows may lie apart.
+            q, k and v, each [N, num_heads, head_dim] in `dtype`, not necessarily contiguous.
         """
 
-    def image_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Full attention inside each image: q, k, v [N, heads, head_dim] -> [N, heads * head_dim]."""
+    def image_attention(
+        self, *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: VarlenPacking
+    ) -> torch.Tensor:
+        """Full attention within each image: q, k, v [N, num_heads, head_dim] -> [N, num_heads * head_dim]."""

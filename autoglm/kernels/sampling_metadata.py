@@ -1,15 +1,16 @@
-"""What a draw needs to know about a sequence's wishes: one row of 32-bit numbers, whole or fp32."""
+"""Per-request sampling parameters as one row of 32-bit numbers, and the counts of tokens, as the kernels read them."""
 
 from enum import IntEnum
 
-COUNT_MASK = 2**30 - 1  # of a mark: how often the answer has the token; the bit above it: the prompt has it
-IN_PROMPT = 2**30
+# An entry of output_token_counts: the low 30 bits count a token in the answer, the next bit is its prompt mask.
+COUNT_MASK = 2**30 - 1
+PROMPT_MASK = 2**30
 
 
 class Column(IntEnum):
-    """Where a record holds what; the temperature is 0 for greedy, the seed is 64 bits in two halves."""
+    """The columns of a row: fp32 for options that are floats, else int32; the seed is 64 bits in two halves."""
 
-    TEMPERATURE = 0
+    TEMPERATURE = 0  # 0 is greedy
     TOP_P = 1
     MIN_P = 2
     FREQUENCY = 3
@@ -18,7 +19,7 @@ class Column(IntEnum):
     TOP_K = 6
     SEED_LOW = 7
     SEED_HIGH = 8
-    DEFERRED = 9  # 1: the pass leaves the choice to `Kernels.sample_late`
+    DEFERRED = 9  # 1: leave the row to `Kernels.sample_deferred`
 
 
 WIDTH = len(Column)

@@ -1,1 +1,1 @@
-"""The language model and the engine that serves it."""
+"""The language model and its engine."""

@@ -1,50 +1,41 @@
-"""Causal attention over the paged KV cache, as the model calls it."""
+"""Causal attention over the paged KV cache."""
 
 import torch
 
-from autoglm.checkpoint import TextConfig
-from autoglm.kernels.base import Kernels, Rotary
-from autoglm.llm.input_batch import Batch
+from autoglm.kernels.base import AttentionConfig, AttentionMetadata, Kernels, required
+from autoglm.llm.input_batch import InputBatch
 from autoglm.llm.kv_cache import KVCache
 
 
 class PagedAttention:
-    """Attention of one forward pass: each sequence's tokens see its own earlier keys in the cache, and each other."""
+    """The attention of one forward pass: tokens attend to the earlier tokens of their sequence, through the cache."""
 
-    def __init__(self, kernels: Kernels, cache: KVCache, rotary: Rotary, batch: Batch, config: TextConfig) -> None:
+    def __init__(self, kernels: Kernels, kv_cache: KVCache, config: AttentionConfig, batch: InputBatch) -> None:
         self.kernels = kernels
-        self.cache = cache
-        self.rotary = rotary
+        self.kv_cache = kv_cache
+        self.config = config
         self.batch = batch
-        self.heads = config.num_attention_heads
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv [S, T, (heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, heads * head_dim]."""
-        singles = self.batch.singles
-        if singles == 0:
-            return self._chunks(layer, qkv)
-        if singles == qkv.shape[1]:
-            return self._singles(layer, qkv)
-        return torch.cat((self._singles(layer, qkv[:, :singles]), self._chunks(layer, qkv[:, singles:])))
+        """qkv [S, T, (num_heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, num_heads * head_dim]."""
+        decode, prefill = self.batch.decode, self.batch.prefill
+        n = 0 if decode is None else len(decode.seq_lens)
+        parts = []
+        if decode is not None:
+            parts.append(self._decode(layer, qkv[:, :n], decode))
+        if prefill is not None:
+            parts.append(self._prefill(layer, qkv[:, n:], prefill))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _singles(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        batch, n, pages = self.batch, self.batch.singles, self.batch.pages
-        positions, table, lengths = batch.positions[:, :n], batch.block_table[:n], batch.lengths[:n]
-        if pages is not None and layer >= pages.dense_layers:
-            kept = pages.seats, pages.visual, pages.kept
-            table, lengths = self.kernels.choose_pages(
-                qkv, positions, self.rotary, self.cache.summary(layer), table, lengths, *kept,
-                self.cache.block_size, self.heads,
-            )  # fmt: skip
-        return self.kernels.decode_attention(
-            qkv, positions, self.rotary, self.cache.layer(layer), table, lengths, self.heads, self.cache.dtype
-        )
+    def _decode(self, layer: int, qkv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        cache, config, pages = self.kv_cache.layer(layer), self.config, self.batch.pages
+        if pages is not None and layer >= self.batch.dense_layers:
+            metadata = self.kernels.select_pages(qkv=qkv, cache=cache, metadata=metadata, pages=pages, config=config)
+        return self.kernels.decode_attention(qkv=qkv, cache=cache, metadata=metadata, config=config)
 
-    def _chunks(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        batch, n, cache = self.batch, self.batch.singles, self.cache.layer(layer)
-        q, _, _ = self.kernels.store_keys(
-            qkv, batch.positions[:, n:], self.rotary, cache, batch.slots[n:], self.heads, self.cache.dtype
+    def _prefill(self, layer: int, qkv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        cache, slot_mapping = self.kv_cache.layer(layer), required(metadata.slot_mapping)
+        q, _, _ = self.kernels.store_kv(
+            qkv=qkv, positions=metadata.positions, slot_mapping=slot_mapping, cache=cache, config=self.config
         )
-        return self.kernels.prefill_attention(
-            q, cache, batch.block_table[n:], batch.starts, batch.lengths[n:], batch.longest_chunk
-        )
+        return self.kernels.prefill_attention(q=q, cache=cache, metadata=metadata)

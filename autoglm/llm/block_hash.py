@@ -1,4 +1,4 @@
-"""Names for the content of KV blocks: a chain of hashes, so that a name stands for everything up to its block."""
+"""Content hashes of KV blocks, chained: a block's hash covers its whole prefix."""
 
 from array import array
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from hashlib import sha256
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """A run of placeholder tokens in a prompt; `digest` names the media they stand for. Images are `visual`."""
+    """A run of placeholder tokens in a prompt, and the hash of the media they represent. Images are `visual`."""
 
-    digest: bytes
+    media_hash: bytes
     start: int
     length: int
     visual: bool = True
@@ -20,17 +20,17 @@ class MediaSpan:
         return self.start + self.length
 
 
-def prefix_key(parent: bytes, token_ids: Sequence[int], start: int, media: Sequence[MediaSpan]) -> bytes:
-    """The name of the block that holds `token_ids` from index `start` of a sequence on.
+def hash_block(parent: bytes, token_ids: Sequence[int], start: int, media: Sequence[MediaSpan]) -> bytes:
+    """The hash of the block that holds `token_ids`, which begin at index `start` of a sequence.
 
-    All placeholders have one id, so each span that reaches into the block adds its digest and where it begins
-    relative to the block: another image in the same place has another name.
+    All placeholders have the same id. So each span that overlaps the block adds its media hash and its offset from the
+    block's start: another image in the same place has another hash.
     """
-    name = sha256(parent)
-    name.update(array("q", token_ids).tobytes())
+    digest = sha256(parent)
+    digest.update(array("q", token_ids).tobytes())
     end = start + len(token_ids)
     for span in media:
         if span.start < end and span.end > start:
-            name.update(span.digest)
-            name.update((span.start - start).to_bytes(8, "little", signed=True))
-    return name.digest()
+            digest.update(span.media_hash)
+            digest.update((span.start - start).to_bytes(8, "little", signed=True))
+    return digest.digest()

@@ -17,7 +17,7 @@ from autoglm.llm.loader import read_dataset
 from autoglm.llm.model import LanguageModel
 from autoglm.llm.mrope import prompt_positions
 from autoglm.llm.prefill import prefill
-from autoglm.preprocess.chat import ChatRenderer, Prompt
+from autoglm.preprocess.chat import ChatRenderer, RenderedPrompt
 from autoglm.preprocess.messages import read_messages
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.weights.smoothing import SMOOTHED, Calibration, smoothing_factors
@@ -72,18 +72,26 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernels, name)
 
-    def linear(self, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(self, *, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         self._record(x, weight)
-        return self.kernels.linear(x, weight, bias)
+        return self.kernels.linear(x=x, weight=weight, bias=bias)
 
-    def gate_up(self, x: Activation, weight: Weight) -> torch.Tensor:
+    def gate_up(self, *, x: Activation, weight: Weight) -> torch.Tensor:
         self._record(x, weight)
-        return self.kernels.gate_up(x, weight)
+        return self.kernels.gate_up(x=x, weight=weight)
 
     def _record(self, x: Activation, weight: Weight) -> None:
         largest = x.values.abs().amax(0).float()
         before = self.largest.get(id(weight))
         self.largest[id(weight)] = largest if before is None else torch.maximum(before, largest)
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, RequestError):
+        return error.message
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return 'must be JSON, {"text": TEXT} or {"messages": MESSAGES}'
 
 
 class _Samples:
@@ -96,7 +104,7 @@ class _Samples:
         self.tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
         self.limits = LimitsConfig()
         context = checkpoint.text.max_position_embeddings
-        self.renderer = ChatRenderer(checkpoint, self.tokenizer, self.limits, context)
+        self.renderer = ChatRenderer(checkpoint, self.tokenizer, self.limits, max_context=context)
         self._encoder: VisionEncoder | None = None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -106,17 +114,17 @@ class _Samples:
         for number, line in enumerate(lines, start=1):
             try:
                 yield self._embed(self._prompt(json.loads(line)))
-            except (RequestError, ValueError, LookupError, TypeError, OSError) as error:
+            except (RequestError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
                 sample = f"quantization.calibration.dataset: {self.config.dataset}, sample {number}"
-                raise ConfigError(f"{sample}: {error}") from error
+                raise ConfigError(f"{sample}: {_fault(error)}") from error
 
-    def _prompt(self, sample: dict[str, Any]) -> Prompt:
+    def _prompt(self, sample: dict[str, Any]) -> RenderedPrompt:
         if "text" in sample:
-            return Prompt(self.tokenizer.encode(sample["text"], add_special_tokens=False).ids or [0], [], 0)
+            return RenderedPrompt(self.tokenizer.encode(sample["text"], add_special_tokens=False).ids or [0], [], 0)
         files: list[bytes] = []
         messages = [self._take_files(message, files) for message in sample["messages"]]
         source = json.dumps(messages).encode()
-        return self.renderer.render(read_messages(source, files, self.limits, self.renderer.roles))
+        return self.renderer.render(read_messages(source, files, self.limits, roles=self.renderer.roles))
 
     def _take_files(self, message: dict[str, Any], files: list[bytes]) -> dict[str, Any]:
         """A message as a request has it; files named by parts `{"type": "image", "image": PATH}` go to `files`."""
@@ -130,7 +138,7 @@ class _Samples:
             parts.append(part)
         return {**message, "content": parts}
 
-    def _embed(self, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, prompt: RenderedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
         checkpoint, device = self.checkpoint, self.model.norm.weight.device
         ids = torch.tensor(prompt.token_ids, device=device)
         hidden = self.model.embed(ids)

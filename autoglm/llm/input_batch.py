@@ -1,4 +1,4 @@
-"""What one forward pass needs to know: written down on the host, sent to the device by one copy."""
+"""The inputs of one forward pass: assembled on the host, sent to the device in one copy."""
 
 import math
 from collections.abc import Sequence as Seq
@@ -7,157 +7,155 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from autoglm.kernels.base import AttentionMetadata, PageSelection
 from autoglm.llm.scheduler import Chunk
 from autoglm.llm.sequence import Sequence
-from autoglm.llm.transfer import Numbers, aligned
+from autoglm.llm.transfer import Int32Array, aligned
 
-ROW = 5  # numbers in a row, see `make_rows`
-
-
-@dataclass(frozen=True)
-class Pages:
-    """By what decoding sequences choose blocks, see `Kernels.choose_pages`; the first `dense_layers` see all."""
-
-    seats: torch.Tensor  # int32 [singles]
-    visual: torch.Tensor  # int32 [seats, max_blocks]
-    kept: torch.Tensor  # int32 [seats]
-    dense_layers: int
+ROW = 5  # values in a row, see `make_rows`
 
 
 @dataclass(frozen=True)
-class Batch:
-    """T tokens of n sequences, packed: first the single tokens of decoding sequences, then the chunks of prompts.
+class InputBatch:
+    """T tokens, packed: first one token for each decoding sequence, then the chunks of prompts.
 
-    All tensors lie on the model's device. In a pass that is captured in a graph they are the graph's own.
+    All tensors are on the model's device. In a captured pass they belong to its CUDA graph.
+
+    positions: int32 [3, T], of all tokens.
+    pages: None if decoding sequences attend to all blocks, as they always do in the first `dense_layers`.
     """
 
-    singles: int
-    positions: torch.Tensor  # int32 [3, T]
-    slots: torch.Tensor  # int64 [T], where the cache keeps each token; nobody reads the singles'
-    block_table: torch.Tensor  # int32 [n, max_blocks], the singles' sequences first
-    lengths: torch.Tensor  # int32 [n], keys that each sequence has after this pass; 0 for rows that only pad
-    starts: torch.Tensor  # int32 [n - singles + 1], where each chunk begins behind the singles, then T - singles
-    longest_chunk: int  # 0 without chunks
-    pages: Pages | None = None  # None: decoding sequences look at all blocks
+    positions: torch.Tensor
+    decode: AttentionMetadata | None = None
+    prefill: AttentionMetadata | None = None
+    pages: PageSelection | None = None
+    dense_layers: int = 0
 
 
-def make_rows(chunks: Seq[Chunk], block_size: int) -> Numbers:
-    """int32 [ROW, n]: each sequence's seat, keys with this pass, position and block of its last token, and how many
-    tokens its answer has."""
+def make_rows(chunks: Seq[Chunk], block_size: int) -> Int32Array:
+    """int32 [ROW, n]: each sequence's slot, length including this pass, position and block of its last token, and
+    number of answer tokens."""
     rows = np.empty((ROW, len(chunks)), np.int32)
     for column, chunk in enumerate(chunks):
-        sequence, keys = chunk.sequence, chunk.end - chunk.sequence.dropped
-        step = chunk.end - sequence.prompt_length
-        block = sequence.blocks[(keys - 1) // block_size]
-        rows[:, column] = sequence.seat, keys, sequence.next_position + step - 1, block, step
+        sequence, step = chunk.sequence, chunk.end - chunk.sequence.prompt_length
+        block = sequence.blocks[(chunk.end - 1) // block_size]
+        rows[:, column] = sequence.slot, chunk.end, sequence.prompt.next_position + step - 1, block, step
     return rows
 
 
 @dataclass(frozen=True, order=True)
-class Shape:
-    """For how much a pass with prompts has room: decoding sequences, chunks of prompts, the chunks' tokens."""
+class BatchShape:
+    """The capacity of a mixed pass: decoding sequences, chunks of prompts, tokens of all chunks."""
 
-    singles: int
-    chunks: int
-    tokens: int
+    num_decode_tokens: int
+    num_chunks: int
+    num_tokens: int
 
     @classmethod
-    def of(cls, chunks: Seq[Chunk]) -> "Shape":
-        """What just holds these."""
+    def of(cls, chunks: Seq[Chunk]) -> "BatchShape":
+        """The smallest shape that fits."""
         lengths = [chunk.length for chunk in chunks if not chunk.decodes]
         return cls(len(chunks) - len(lengths), len(lengths), sum(lengths))
 
-    def holds(self, other: "Shape") -> bool:
-        return self.singles >= other.singles and self.chunks >= other.chunks and self.tokens >= other.tokens
+    def fits(self, other: "BatchShape") -> bool:
+        """Whether a pass of the other shape can be padded to this one."""
+        return (
+            self.num_decode_tokens >= other.num_decode_tokens
+            and self.num_chunks >= other.num_chunks
+            and self.num_tokens >= other.num_tokens
+        )
 
 
 @dataclass(frozen=True)
 class MixedInput:
-    """What comes with a pass that has chunks, int32 on the device. What its shape has too much of only pads."""
+    """The inputs of a mixed pass, int32 on the device. The excess of its shape is padding."""
 
-    rows: torch.Tensor  # [ROW, singles + chunks], see `make_rows`; length 0 pads
-    ids: torch.Tensor  # [tokens], the chunks'
-    positions: torch.Tensor  # [3, singles + tokens]
-    slots: torch.Tensor  # [singles + tokens], -1 for what pads and for the singles
-    starts: torch.Tensor  # [chunks + 1], the chunks' first tokens, then their number
-    last_rows: torch.Tensor  # [singles + chunks], where each sequence's last token lies in the pass
-    sampling: torch.Tensor  # [2, singles + chunks], seats and steps; what is not to be sampled goes to the spare seat
+    rows: torch.Tensor  # [ROW, decode + chunks], see `make_rows`; length 0 is padding
+    ids: torch.Tensor  # [tokens] of the chunks
+    positions: torch.Tensor  # [3, decode + tokens]
+    slot_mapping: torch.Tensor  # [decode + tokens], -1 for padding and for decoding sequences
+    cu_seqlens_q: torch.Tensor  # [chunks + 1]
+    last_rows: torch.Tensor  # [decode + chunks], the row of each sequence's last token
+    sampling: torch.Tensor  # [2, decode + chunks], slots and steps; rows that do not sample have the padding slot
 
     @classmethod
-    def unpack(cls, packed: torch.Tensor, shape: Shape) -> "MixedInput":
-        """The parts of what `pack_mixed` has made."""
+    def unpack(cls, packed: torch.Tensor, shape: BatchShape) -> "MixedInput":
+        """Views of an array made by `pack_mixed`."""
         parts, start = [], 0
-        for part in _layout(shape):
-            parts.append(packed[start : start + math.prod(part)].view(part))
-            start += aligned(math.prod(part))
+        for size in _layout(shape):
+            parts.append(packed[start : start + math.prod(size)].view(size))
+            start += aligned(math.prod(size))
         return cls(*parts)
 
 
-def pack_mixed(chunks: Seq[Chunk], shape: Shape, spare_seat: int, block_size: int) -> Numbers:
-    """A `MixedInput` of this shape, which holds the chunks, as one array."""
+def pack_mixed(chunks: Seq[Chunk], shape: BatchShape, padding_slot: int, block_size: int) -> Int32Array:
+    """The `MixedInput` of these chunks, padded to `shape`, as one array."""
     sizes = _layout(shape)
     packed = np.zeros(sum(aligned(math.prod(size)) for size in sizes), np.int32)
     parts, start = [], 0
     for size in sizes:
         parts.append(packed[start : start + math.prod(size)].reshape(size))
         start += aligned(math.prod(size))
-    rows, ids, positions, slots, starts, last_rows, sampling = parts
-    slots.fill(-1)
-    rows[0] = sampling[0] = spare_seat
-    places = row_places(chunks, shape)
-    made = make_rows(chunks, block_size)
-    rows[:, places] = made
-    samples = [place for place, chunk in zip(places, chunks, strict=True) if chunk.samples]
+    rows, ids, positions, slot_mapping, cu_seqlens_q, last_rows, sampling = parts
+    slot_mapping.fill(-1)
+    rows[0] = sampling[0] = padding_slot
+    indices = row_indices(chunks, shape)
+    used = make_rows(chunks, block_size)
+    rows[:, indices] = used
+    samples = [index for index, chunk in zip(indices, chunks, strict=True) if chunk.samples]
     sampling[:, samples] = rows[[0, 4]][:, samples]
     prompts = [chunk for chunk in chunks if not chunk.decodes]
-    singles = len(chunks) - len(prompts)
-    last_rows[:singles] = np.arange(singles)
-    positions[:, :singles] = made[2, :singles]
-    at = 0
+    num_decode = len(chunks) - len(prompts)
+    last_rows[:num_decode] = np.arange(num_decode)
+    positions[:, :num_decode] = used[2, :num_decode]
+    offset = 0
     for number, chunk in enumerate(prompts):
-        there = slice(shape.singles + at, shape.singles + at + chunk.length)
-        ids[at : at + chunk.length] = chunk.sequence.tokens[chunk.start : chunk.end]
-        positions[:, there] = _positions(chunk)
-        slots[there] = key_slots(chunk.sequence, block_size, chunk.start, chunk.end)
-        at += chunk.length
-        starts[number + 1 :] = at
-        last_rows[shape.singles + number] = there.stop - 1
+        target = slice(shape.num_decode_tokens + offset, shape.num_decode_tokens + offset + chunk.length)
+        ids[offset : offset + chunk.length] = chunk.sequence.token_ids[chunk.start : chunk.end]
+        positions[:, target] = _positions(chunk)
+        slot_mapping[target] = sequence_slots(chunk.sequence, block_size, chunk.start, chunk.end)
+        offset += chunk.length
+        cu_seqlens_q[number + 1 :] = offset
+        last_rows[shape.num_decode_tokens + number] = target.stop - 1
     return packed
 
 
-def row_places(chunks: Seq[Chunk], shape: Shape) -> list[int]:
-    """Which of the shape's rows each chunk's sequence takes: decoding ones stand first, and so do their rows."""
-    singles = sum(chunk.decodes for chunk in chunks)
-    return [*range(singles), *range(shape.singles, shape.singles + len(chunks) - singles)]
+def row_indices(chunks: Seq[Chunk], shape: BatchShape) -> list[int]:
+    """The row of each chunk's sequence in a pass of this shape: decoding sequences first, then the chunks."""
+    num_decode = sum(chunk.decodes for chunk in chunks)
+    first_chunk = shape.num_decode_tokens
+    return [*range(num_decode), *range(first_chunk, first_chunk + len(chunks) - num_decode)]
 
 
-def table_entries(chunks: Seq[Chunk], max_blocks: int) -> list[Numbers]:
-    """Where the blocks of prompts stand in the flattened block tables of all seats, and these blocks."""
+def block_table_entries(chunks: Seq[Chunk], max_blocks: int) -> list[Int32Array]:
+    """The blocks of prompts, and before them their indices in the flattened block tables of all slots."""
     prompts = [chunk.sequence for chunk in chunks if not chunk.decodes]
-    starts = [(sequence.seat or 0) * max_blocks for sequence in prompts]
-    places = [np.arange(s, s + len(p.blocks), dtype=np.int32) for s, p in zip(starts, prompts, strict=True)]
-    return [np.concatenate(places), np.concatenate([np.array(p.blocks, np.int32) for p in prompts])]
+    starts = [(sequence.slot or 0) * max_blocks for sequence in prompts]
+    indices = [np.arange(s, s + len(p.blocks), dtype=np.int32) for s, p in zip(starts, prompts, strict=True)]
+    return [np.concatenate(indices), np.concatenate([np.array(p.blocks, np.int32) for p in prompts])]
 
 
-def _layout(shape: Shape) -> list[tuple[int, ...]]:
-    """Shapes of the parts of a `MixedInput`."""
-    sequences, tokens = shape.singles + shape.chunks, shape.singles + shape.tokens
+def sequence_slots(sequence: Sequence, block_size: int, start: int, end: int) -> Int32Array:
+    """The indices in the cache of the sequence's tokens from `start` to `end`."""
+    indices = np.arange(start, end)
+    blocks = np.array(sequence.blocks, np.int32)
+    return blocks[indices // block_size] * block_size + indices % block_size  # type: ignore[no-any-return]
+
+
+def _layout(shape: BatchShape) -> list[tuple[int, ...]]:
+    """The sizes of the parts of a `MixedInput`."""
+    sequences = shape.num_decode_tokens + shape.num_chunks
+    tokens = shape.num_decode_tokens + shape.num_tokens
     return [
-        (ROW, sequences), (shape.tokens,), (3, tokens), (tokens,), (shape.chunks + 1,), (sequences,), (2, sequences)
+        (ROW, sequences), (shape.num_tokens,), (3, tokens), (tokens,), (shape.num_chunks + 1,), (sequences,),
+        (2, sequences),
     ]  # fmt: skip
 
 
-def _positions(chunk: Chunk) -> Numbers:
-    """[3, chunk.length]: the prompt's own, then what follows from the index."""
-    sequence = chunk.sequence
-    of_prompt = sequence.positions[:, chunk.start : chunk.end].numpy()
-    shift = sequence.next_position - sequence.prompt_length
-    following = np.arange(max(chunk.start, sequence.prompt_length), chunk.end, dtype=np.int32) + shift
-    return np.concatenate([of_prompt, np.broadcast_to(following, (3, len(following)))], axis=1)
-
-
-def key_slots(sequence: Sequence, block_size: int, start: int, end: int) -> Numbers:
-    """Where the cache keeps the sequence's tokens from `start` to `end`; none of them is among those dropped."""
-    places = np.arange(start - sequence.dropped, end - sequence.dropped)
-    blocks = np.array(sequence.blocks, np.int32)
-    return blocks[places // block_size] * block_size + places % block_size  # type: ignore[no-any-return]
+def _positions(chunk: Chunk) -> Int32Array:
+    """[3, chunk.length]: the prompt's positions, then consecutive ones for tokens of the answer."""
+    sequence, prompt = chunk.sequence, chunk.sequence.prompt
+    of_prompt = prompt.positions[:, chunk.start : chunk.end].numpy()
+    shift = prompt.next_position - sequence.prompt_length
+    of_answer = np.arange(max(chunk.start, sequence.prompt_length), chunk.end, dtype=np.int32) + shift
+    return np.concatenate([of_prompt, np.broadcast_to(of_answer, (3, len(of_answer)))], axis=1)

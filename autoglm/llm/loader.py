@@ -1,7 +1,7 @@
 """Loads the language model: from the checkpoint, quantised on the way, or from the weight cache.
 
 The model is created empty on the meta device. The checkpoint's tensors are read one at a time and rounded on the
-device, so that at most one of them is in memory beside the INT8 model.
+device, so that at most one of them is in memory in addition to the INT8 model.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from torch import nn
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import CalibrationConfig, Config, ConfigError, LayerQuantization, QuantizationConfig
 from autoglm.kernels import get_kernels
-from autoglm.llm.model import LanguageModel, rotary
+from autoglm.llm.model import LanguageModel, attention_config
 from autoglm.quantization.bitsandbytes import import_library, replace_linears
 from autoglm.quantization.linear import Int8Linear, Linear, Tensor
 from autoglm.weights.cache import CacheKey, WeightCache
@@ -117,7 +117,8 @@ def load_language_model(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model.kv_scales = filler.kv_scales
-    model.rotary = rotary(checkpoint.text, checkpoint.text.max_position_embeddings, device)
+    text = checkpoint.text
+    model.attention_config = attention_config(text, text.max_position_embeddings, device, dtype)
     source = "the weight cache" if cached else checkpoint.path
     log.info("language model loaded from %s in %.1f s", source, time.perf_counter() - begin)
     return model
@@ -236,7 +237,7 @@ class _Filler:
         return cache.fetch(key, size, self._from_directory, self._from_checkpoint, self._write)
 
     def _description(self, settings: QuantizationConfig) -> dict[str, Any]:
-        """Everything beside the checkpoint that the weights depend on, as JSON."""
+        """Everything that the weights depend on except the checkpoint, as JSON."""
         calibration: dict[str, Any] | None = None
         if self.config.calibration:
             # The images that the samples name are not part of the key.
@@ -264,7 +265,7 @@ class _Filler:
         if self.config.calibration and self.kv_scales is not None:
             if self.calibrate is None:
                 raise ValueError("a calibration is configured, but no function to run it was given")
-            # This once, the unquantised model needs its full memory.
+            # Calibration temporarily holds the whole unquantised model.
             whole = load_language_model(self.checkpoint, self.device, self.dtype)
             self.calibration = self.calibrate(whole, self.checkpoint, self.config.calibration)
             self.kv_scales.copy_(self.calibration.kv_scales)

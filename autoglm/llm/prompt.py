@@ -1,9 +1,7 @@
-"""A request's prompt as the language model computes it: transcripts in their places, media found, positions counted."""
-
-from __future__ import annotations
+"""Builds a request's prompt: inserts transcripts, locates the media, computes positions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -11,59 +9,54 @@ from autoglm.checkpoint import Checkpoint
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_hash import MediaSpan
 from autoglm.llm.mrope import audio_runs, image_runs, prompt_positions
-from autoglm.llm.sequence import Clip, Request
+from autoglm.llm.sequence import Clip, Prompt, Request
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's tokens, their positions int32 [3, T], its media in order, their embeddings one behind another, and the
-    position of the first token of the answer."""
-
-    token_ids: list[int]
-    positions: torch.Tensor
-    media: list[MediaSpan]
-    embeddings: torch.Tensor | None
-    next_position: int = 0
-
-
-def with_transcripts(request: Request, audio_token_id: int, encode: Callable[[str], list[int]]) -> Request:
-    """The request with the tokens of its transcripts in the places of their placeholders.
+def insert_transcripts(request: Request, audio_token_id: int, encode: Callable[[str], list[int]]) -> Request:
+    """The request with the placeholders of transcribed clips replaced by the tokens of their transcripts.
 
     Raises:
         RequestError: the placeholders do not match the clips.
     """
-    if all(clip.tokens for clip in request.clips):
+    if all(clip.num_tokens for clip in request.clips):
         return request
-    runs = _checked(audio_runs, request.token_ids, [clip.tokens or 1 for clip in request.clips], audio_token_id)
+    lengths = [clip.num_tokens or 1 for clip in request.clips]
+    runs = _checked(audio_runs, request.token_ids, lengths, audio_token_id)
     ids: list[int] = []
     end = 0
     for clip, (start, length) in zip(request.clips, runs, strict=True):
         ids += request.token_ids[end:start]
         end = start + length
-        ids += request.token_ids[start:end] if clip.tokens else encode(clip.transcript)
+        ids += request.token_ids[start:end] if clip.num_tokens else encode(clip.transcript)
     return replace(request, token_ids=ids + request.token_ids[end:])
 
 
-def read_prompt(request: Request, checkpoint: Checkpoint) -> Prompt:
-    """Find the media of a request whose transcripts are in their places.
+def build_prompt(request: Request, checkpoint: Checkpoint) -> Prompt:
+    """The prompt of a request whose transcripts are inserted.
 
     Raises:
-        RequestError: placeholders, grids, clips and embeddings do not match each other.
+        RequestError: placeholders, grids, clips and embeddings do not match.
     """
     ids, merge, image_token = request.token_ids, checkpoint.vision.spatial_merge_size, checkpoint.image_token_id
-    runs = _checked(image_runs, ids, request.grids, image_token, merge)
-    images = [MediaSpan(digest, *run) for digest, run in zip(request.digests, runs, strict=True)]
-    bridged: list[Clip] = [clip for clip in request.clips if clip.tokens]
-    runs = _checked(audio_runs, ids, [clip.tokens for clip in bridged], checkpoint.audio_token_id)
-    sounds = [MediaSpan(clip.digest, *run, visual=False) for clip, run in zip(bridged, runs, strict=True)]
+    grids = request.image_grids
+    runs = _checked(image_runs, ids, grids, image_token, merge)
+    images = [MediaSpan(each, *run) for each, run in zip(request.image_hashes, runs, strict=True)]
+    embedded: list[Clip] = [clip for clip in request.clips if clip.num_tokens]
+    runs = _checked(audio_runs, ids, [clip.num_tokens for clip in embedded], checkpoint.audio_token_id)
+    clips = [MediaSpan(clip.media_hash, *run, visual=False) for clip, run in zip(embedded, runs, strict=True)]
     parts = [
-        *zip(images, _split("image", request.embeddings, images), strict=True),
-        *zip(sounds, _split("audio", request.audio_embeddings, sounds), strict=True),
+        *zip(images, _split("image", request.image_embeddings, images), strict=True),
+        *zip(clips, _split("audio", request.audio_embeddings, clips), strict=True),
     ]
     parts.sort(key=lambda part: part[0].start)
-    embeddings = torch.cat([rows for _, rows in parts]) if sounds else request.embeddings
-    positions, following = prompt_positions(ids, request.grids, image_token, merge)
-    return Prompt(ids, positions, [span for span, _ in parts], embeddings, following)
+    positions, next_position = prompt_positions(ids, grids, image_token, merge)
+    return Prompt(
+        token_ids=ids,
+        positions=positions,
+        next_position=next_position,
+        media=[span for span, _ in parts],
+        embeddings=torch.cat([rows for _, rows in parts]) if clips else request.image_embeddings,
+    )
 
 
 def _checked(find: Callable[..., list[tuple[int, int]]], *arguments: object) -> list[tuple[int, int]]:
@@ -74,9 +67,10 @@ def _checked(find: Callable[..., list[tuple[int, int]]], *arguments: object) -> 
 
 
 def _split(kind: str, embeddings: torch.Tensor | None, spans: Sequence[MediaSpan]) -> Sequence[torch.Tensor]:
-    """Each span's rows."""
-    rows = 0 if embeddings is None else embeddings.shape[0]
-    wanted = sum(span.length for span in spans)
-    if rows != wanted:
-        raise RequestError(f"embeddings: {rows} rows for {wanted} {kind} tokens", ErrorCode.INTERNAL)
+    """The rows of each span."""
+    num_rows = 0 if embeddings is None else embeddings.shape[0]
+    num_tokens = sum(span.length for span in spans)
+    if num_rows != num_tokens:
+        message = f"embeddings must have a row for each of the {num_tokens} {kind} tokens (got {num_rows})"
+        raise RequestError(message, ErrorCode.INTERNAL)
     return () if embeddings is None or not spans else torch.split(embeddings, [span.length for span in spans])

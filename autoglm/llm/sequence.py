@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""Requests, their outputs, and the state of a request in the engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from autoglm.config import SparseAttentionConfig
 from autoglm.errors import RequestError
-from autoglm.llm.block_hash import MediaSpan, prefix_key
-from autoglm.llm.sparse.policy import WINDOW, Sparsity
+from autoglm.llm.block_hash import MediaSpan, hash_block
 from autoglm.llm.stop import StopStrings
 from autoglm.preprocess.sampling_params import SamplingParams
 
@@ -24,9 +24,10 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 Sink = Callable[["Output"], None]
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a request took; milliseconds by stage. `audio_tokens` are those of bridged clips: a transcript is text."""
+@dataclass(frozen=True, kw_only=True)
+class RequestUsage:
+    """Tokens and milliseconds of a request. `audio_tokens` are those of clips given as embeddings: a transcript counts
+    as text."""
 
     prompt_tokens: int
     image_tokens: int
@@ -43,25 +44,27 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How probable a token was to the model, before penalties, temperature, cuts and any grammar: its natural
-    logarithm, and those of the most probable tokens, highest first."""
+    """The log probability of a sampled token, and of the likeliest ones in its place, in descending order.
+
+    They are the model's own: before penalties, temperature, truncation and grammars.
+    """
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Output:
-    """The next piece of an answer. The last one has a finish reason and the usage, or an error; the first one has the
-    transcripts of the request's clips. `logprobs` has one item per token if the request asks for them, else none."""
+    """The next part of an answer. The last one has a finish reason and the usage, or an error; the first one has the
+    transcripts. `logprobs` has one item per token if they were requested."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     transcripts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+    usage: RequestUsage | None = None
     error: RequestError | None = None
 
     @property
@@ -71,215 +74,197 @@ class Output:
 
 @dataclass(frozen=True)
 class Clip:
-    """A sound in a prompt: either `tokens` placeholders, which its embeddings replace, or one, which its transcript
-    does. `digest` names the sound and what embedded it."""
+    """An audio clip in a prompt: `num_tokens` placeholders for its embeddings, or (0) one for its transcript."""
 
-    digest: bytes
-    tokens: int = 0
+    media_hash: bytes
+    num_tokens: int = 0
     transcript: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the engine is asked for.
+    """A request to the engine.
 
-    `token_ids` has every image and clip expanded to its placeholders; `grids` and `digests` are one per image, in
-    order; `embeddings` [image tokens, hidden] holds the images' rows one after another, and `audio_embeddings` those
-    of the bridged `clips`. `sink` is called by the engine's thread, in order, and must not block; with a
-    refusal also by the thread that submits.
+    token_ids: the prompt, each image and clip expanded to its placeholders.
+    sink: receives the outputs in order, from the engine's thread, and must not block; an error may also come
+        from the thread that submits.
+    image_grids, image_hashes: one per image, in order.
+    image_embeddings: [image tokens, hidden_size], the images one after another.
+    audio_embeddings: [audio tokens, hidden_size], likewise, of the clips that have `num_tokens`.
     """
 
     request_id: str
     token_ids: list[int]
-    sampling: SamplingParams
+    sampling_params: SamplingParams
     sink: Sink
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    embeddings: torch.Tensor | None = None
-    preprocess_ms: float = 0.0
-    vision_ms: float = 0.0
+    image_grids: list[tuple[int, int, int]] = field(default_factory=list)
+    image_hashes: list[bytes] = field(default_factory=list)
+    image_embeddings: torch.Tensor | None = None
     clips: list[Clip] = field(default_factory=list)
     audio_embeddings: torch.Tensor | None = None
+    preprocess_ms: float = 0.0
+    vision_ms: float = 0.0
     audio_ms: float = 0.0
-    arrival: float = field(default_factory=time.monotonic)
+    arrival_time: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's prompt as the language model takes it.
+
+    positions: int32 [3, T]; next_position is that of the first token of the answer.
+    media: images and clips in order; their embeddings [tokens, hidden_size] are one after another.
+    """
+
+    token_ids: list[int]
+    positions: torch.Tensor
+    next_position: int
+    media: list[MediaSpan]
+    embeddings: torch.Tensor | None
 
 
 class Sequence:
-    """A request's state: its tokens, how many of them have keys and values, and the blocks that hold these.
+    """The state of a request: its tokens, how many of them have keys and values, and the blocks of these.
 
-    Passes run ahead of what is known: `computed` counts what the passes launched so far compute, and `pending` the
-    tokens that they sample and that have not come back. At most one is pending when a pass is chosen.
-
-    Where the sequence's keys are thinned out (`snap`), `dropped` counts those that `blocks` have no more: from there on
-    a token's place in the cache is its index less these. Its position stays what it was.
+    Passes are launched ahead of their results: `num_computed` counts the tokens of all launched passes, and
+    `num_pending` the tokens sampled by them that are not known yet. At most one is pending when a pass is scheduled.
     """
 
     def __init__(
         self,
         request: Request,
-        positions: torch.Tensor,
-        next_position: int,
-        media: list[MediaSpan],
-        detokenizer: Detokenizer,
-        stop_ids: frozenset[int],
+        prompt: Prompt,
+        *,
         max_tokens: int,
-        sparsity: Sparsity | None = None,
+        detokenizer: Detokenizer,
+        stop_token_ids: frozenset[int],
+        sparse: SparseAttentionConfig | None = None,
         matcher: Matcher | None = None,
     ) -> None:
-        """`media` are all, in the order of their embeddings; `sparsity` is None for what has no images, or sees all of
-        them; `matcher` follows the answer through its grammar, if it has one."""
+        """sparse: None is dense attention. matcher: the state of the answer's grammar."""
+        params = request.sampling_params
         self.request = request
-        self.tokens = list(request.token_ids)
-        self.prompt_length = len(self.tokens)
-        self.positions = positions  # int32 [3, prompt_length]
-        self.next_position = next_position
-        self.media = media
-        self.images = [span for span in media if span.visual]
-        self.sparsity = sparsity
-        self.matcher = matcher
-        self.deferred = matcher is not None or request.sampling.logprobs is not None  # chosen late, see `late`
-        self.visual = sum(span.length for span in self.images)
+        self.prompt = prompt
+        self.token_ids = list(prompt.token_ids)
+        self.prompt_length = len(self.token_ids)
         self.max_length = self.prompt_length + max_tokens
-        self.computed = 0
+        self.images = [span for span in prompt.media if span.visual]
+        self.priority = params.priority
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.deadline = None if params.timeout_us is None else request.arrival_time + params.timeout_us / 1e6
+        self.sparse = sparse
+        self.matcher = matcher
+        self.deferred = matcher is not None or params.logprobs is not None  # see `deferred_sampling`
+
+        self.slot: int | None = None  # while running
+        self.slot_initialized = False  # a pass was launched since the sequence got its slot
+        self.decodes = False  # the next token to compute is in the slot
+        self.num_computed = 0
+        self.num_pending = 0
+        self.num_in_flight = 0  # launched passes that are not collected
+        self.removed = False  # results of passes in flight are discarded
         self.blocks: list[int] = []
-        self.thin_blocks: list[int] = []  # where the pass that is being launched puts the keys that stay
-        self.thinned = False
-        self.dropped = 0
-        self.attention: torch.Tensor | None = None  # fp32 [layers, kv_heads, visual], what the window gave so far
-        self.keys: list[bytes] = []
-        self.published = 0
-        self.cached_tokens = 0
-        self.seat: int | None = None  # while running
-        self.entered = False  # a pass has been launched since it got its seat
-        self.decodes = False  # its next token is in its seat
-        self.pending = 0
-        self.in_flight = 0  # launched passes that have not come back
-        self.gone = False  # whatever a pass brings is dropped
-        seed = request.sampling.seed
-        self.seed = secrets.randbits(63) if seed is None else seed
+        self.num_cached_blocks = 0  # the first blocks, which are in the prefix cache
         self.finish_reason: FinishReason | None = None
-        self.scheduled_at: float | None = None
-        self.first_token_at: float | None = None
-        timeout = request.sampling.timeout_us
-        self.deadline = None if timeout is None else request.arrival + timeout / 1e6
+
+        self.num_cached_tokens = 0
+        self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+
+        self._block_hashes: list[bytes] = []
         self._detokenizer = detokenizer
-        self._stop_ids = stop_ids
-        self._stops = StopStrings(request.sampling.stop)
-        self._cut = False  # at a stop string
-        self._piece = Output(transcripts=[clip.transcript for clip in request.clips if not clip.tokens])
+        self._stop_token_ids = stop_token_ids
+        self._stop_strings = StopStrings(params.stop)
+        self._stopped_by_string = False
+        self._output = Output(transcripts=[clip.transcript for clip in request.clips if not clip.num_tokens])
 
     @property
     def length(self) -> int:
-        """Tokens, pending ones included."""
-        return len(self.tokens) + self.pending
+        """Tokens, including pending ones."""
+        return len(self.token_ids) + self.num_pending
 
     @property
-    def remaining(self) -> int:
-        """Tokens that a pass is still to compute; the last one of the longest answer never needs to be."""
-        return 0 if self.length == self.max_length else self.length - self.computed
+    def num_remaining(self) -> int:
+        """Tokens still to be computed (the final token at max_length is never fed back)."""
+        return 0 if self.length == self.max_length else self.length - self.num_computed
 
     @property
-    def window(self) -> int:
-        """Where the text begins that chooses among visual keys under `snap`."""
-        behind = max((span.end for span in self.images), default=0)
-        return max(behind, self.prompt_length - WINDOW)
+    def cacheable_length(self) -> int:
+        """Prefix length whose blocks may enter the prefix cache: `pages` makes the keys of an answer approximate."""
+        return self.prompt_length if self.sparse is not None and self.sparse.mode == "pages" else self.max_length
 
-    @property
-    def to_thin(self) -> bool:
-        """Whether keys of the prompt are still to be left behind. Needs text behind the last image, and tokens of an
-        answer that will look at what is left."""
-        snaps = self.sparsity is not None and self.sparsity.mode == "snap"
-        useful = self.window < self.prompt_length < self.max_length - 1
-        return snaps and not self.thinned and useful
-
-    @property
-    def superfluous(self) -> int:
-        """Visual keys that `snap` leaves behind."""
-        return 0 if self.sparsity is None else self.visual - self.sparsity.kept(self.visual)
-
-    @property
-    def reusable(self) -> int:
-        """Tokens at the start that may be found in the prefix cache. The last is always computed: its logits are
-        needed; so is the window of `snap`."""
-        return self.window if self.to_thin else len(self.tokens) - 1
-
-    @property
-    def nameable(self) -> int:
-        """Tokens at the start whose keys are what their names say, see `sparsity`."""
-        limited = self.sparsity is not None and self.sparsity.mode in ("pages", "snap")
-        return self.prompt_length if limited else self.max_length
-
-    def key(self, index: int, block_size: int) -> bytes:
-        """The name of the content of block `index`, whose tokens are all known."""
-        while len(self.keys) <= index:
-            start = len(self.keys) * block_size
-            parent = self.keys[-1] if self.keys else b""
-            self.keys.append(prefix_key(parent, self.tokens[start : start + block_size], start, self.media))
-        return self.keys[index]
+    def block_hash(self, index: int, block_size: int) -> bytes:
+        """The content hash of block `index`, whose tokens are all known."""
+        while len(self._block_hashes) <= index:
+            start = len(self._block_hashes) * block_size
+            parent = self._block_hashes[-1] if self._block_hashes else b""
+            token_ids = self.token_ids[start : start + block_size]
+            self._block_hashes.append(hash_block(parent, token_ids, start, self.prompt.media))
+        return self._block_hashes[index]
 
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
-        """Take the answer's next token; sets `finish_reason` where it ends the answer.
+        """Append a token to the answer; sets `finish_reason` if it ends the answer.
 
         Raises:
-            RuntimeError: the grammar refuses the token.
+            RuntimeError: the grammar rejects the token.
         """
-        self.tokens.append(token_id)
-        self._piece.token_ids.append(token_id)
+        self.token_ids.append(token_id)
+        self._output.token_ids.append(token_id)
         if logprob is not None:
-            self._piece.logprobs.append(logprob)
+            self._output.logprobs.append(logprob)
         if self.matcher is not None:
-            self.matcher.accept(token_id)  # ends of text, too: they are all that a grammar that has failed allows
-        if token_id in self._stop_ids:
+            self.matcher.accept(token_id)  # stop tokens too: a failed grammar allows nothing else
+        if token_id in self._stop_token_ids:
             self.finish_reason = "stop"
             return
-        shown, self._cut = self._stops.add(self._detokenizer.add(token_id))
-        self._piece.text += shown
-        if self._cut or (self.matcher is not None and self.matcher.done):
+        text, self._stopped_by_string = self._stop_strings.add(self._detokenizer.add(token_id))
+        self._output.text += text
+        if self._stopped_by_string or (self.matcher is not None and self.matcher.done):
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_length:
+        elif len(self.token_ids) >= self.max_length:
             self.finish_reason = "length"
 
-    def take_forced(self, least: int) -> list[int]:
-        """Take the tokens that the grammar forces, if they are at least so many; returns them.
+    def append_forced(self, min_tokens: int) -> list[int]:
+        """Append the tokens that the grammar forces, if there are at least `min_tokens`; returns them.
 
-        None where log probabilities are wanted: those come from a pass of each token's own.
+        Nothing is appended when log probabilities were requested: each token needs its own pass for them.
         """
-        if self.matcher is None or self.request.sampling.logprobs is not None or self.finish_reason is not None:
+        if self.matcher is None or self.request.sampling_params.logprobs is not None or self.finish_reason is not None:
             return []
         forced = self.matcher.forced()
-        known = len(self.tokens)
-        for token_id in forced if len(forced) >= least else ():
+        known = len(self.token_ids)
+        for token_id in forced if len(forced) >= min_tokens else ():
             self.append(token_id)
             if self.finish_reason is not None:
                 break
-        return self.tokens[known:]
+        return self.token_ids[known:]
 
     def emit(self) -> None:
-        """Hand the piece that is due to the sink: each token's when streaming, else the whole at the end."""
-        if self.first_token_at is None and self._piece.token_ids:
-            self.first_token_at = time.monotonic()
+        """Pass the pending output to the sink: after each token when streaming, otherwise at the end."""
+        if self.first_token_time is None and self._output.token_ids:
+            self.first_token_time = time.monotonic()
         if self.finish_reason is not None:
-            if not self._cut:
-                shown, _ = self._stops.add(self._detokenizer.flush())
-                self._piece.text += shown + self._stops.flush()
-            self._piece.finish_reason = self.finish_reason
-            self._piece.usage = self._usage()
-        elif not self.request.sampling.stream or not self._piece.token_ids:
+            if not self._stopped_by_string:
+                text, _ = self._stop_strings.add(self._detokenizer.flush())
+                self._output.text += text + self._stop_strings.flush()
+            self._output.finish_reason = self.finish_reason
+            self._output.usage = self._usage()
+        elif not self.request.sampling_params.stream or not self._output.token_ids:
             return
-        piece, self._piece = self._piece, Output()
-        self.request.sink(piece)
+        output, self._output = self._output, Output()
+        self.request.sink(output)
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> RequestUsage:
         now = time.monotonic()
-        scheduled = self.scheduled_at or now
-        first = self.first_token_at or now
-        return Usage(
+        scheduled = self.scheduled_time or now
+        first = self.first_token_time or now
+        return RequestUsage(
             prompt_tokens=self.prompt_length,
-            image_tokens=self.visual,
-            audio_tokens=sum(span.length for span in self.media if not span.visual),
-            completion_tokens=len(self.tokens) - self.prompt_length,
-            cached_tokens=self.cached_tokens,
-            queue_ms=(scheduled - self.request.arrival) * 1e3,
+            image_tokens=sum(span.length for span in self.images),
+            audio_tokens=sum(span.length for span in self.prompt.media if not span.visual),
+            completion_tokens=len(self.token_ids) - self.prompt_length,
+            cached_tokens=self.num_cached_tokens,
+            queue_ms=(scheduled - self.request.arrival_time) * 1e3,
             preprocess_ms=self.request.preprocess_ms,
             vision_ms=self.request.vision_ms,
             audio_ms=self.request.audio_ms,

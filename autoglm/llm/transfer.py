@@ -1,4 +1,4 @@
-"""Numbers on their way to the device and back. Nothing here waits but `Arrival.wait`."""
+"""Asynchronous copies between host and device. Only `DeviceResult.wait` blocks."""
 
 from collections.abc import Sequence
 
@@ -6,27 +6,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.int32]
-ALIGNMENT = 4  # numbers: kernels are compiled once for pointers to multiples of 16 bytes
+Int32Array = NDArray[np.int32]
+ALIGNMENT = 4  # int32 values: kernels are specialised for pointers aligned to 16 bytes
 
 
-def aligned(numbers: int) -> int:
-    """So many, rounded up to what the next part of a packed array may begin at."""
-    return -(-numbers // ALIGNMENT) * ALIGNMENT
+def aligned(count: int) -> int:
+    """`count` rounded up to the alignment of the parts of a packed array."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-def stage(array: Numbers, device: torch.device) -> torch.Tensor:
-    """A copy in memory from which the device can fetch it while the host goes on.
+def stage(array: Int32Array, device: torch.device) -> torch.Tensor:
+    """A copy in pinned memory, from which the device copies asynchronously.
 
-    It comes from torch's own pool, which gives it to nobody else before a copy that was started from it has run.
+    torch's pinned allocator does not reuse the memory before the copies started from it are complete.
     """
     staged = torch.empty(array.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
     staged.numpy()[...] = array
     return staged
 
 
-def send(arrays: Sequence[Numbers], device: torch.device) -> list[torch.Tensor]:
-    """Arrays to the device, all by one copy."""
+def send(arrays: Sequence[Int32Array], device: torch.device) -> list[torch.Tensor]:
+    """Copy arrays to the device, packed into one transfer."""
     starts = np.cumsum([0, *(aligned(array.size) for array in arrays)]).tolist()
     packed = np.zeros(starts[-1], np.int32)
     for start, array in zip(starts, arrays, strict=False):
@@ -35,8 +35,8 @@ def send(arrays: Sequence[Numbers], device: torch.device) -> list[torch.Tensor]:
     return [sent[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=False)]
 
 
-class Arrival:
-    """Numbers that come back once the device has computed them."""
+class DeviceResult:
+    """A tensor being copied to the host."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)

@@ -1,0 +1,1 @@
+"""Image and audio files, and the code shared by their encoders."""

@@ -1,13 +1,12 @@
-"""Sound files: what their headers say, their limits, their identity, and decoding them to one channel.
+"""Audio files: headers, limits, hashes and decoding to one channel.
 
-`read_audio` needs only the header: it runs before anything is paid for. `decode_audio` gives the samples, with the same
-checks before it starts, in memory that the limits bound.
+`read_audio` reads only the header, so it is cheap. `decode_audio` returns the samples, after the same checks, in memory
+bounded by the limits.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +17,10 @@ import soundfile
 import soxr
 
 from autoglm.config import AudioSection
-from autoglm.errors import Exact, RequestError, invalid, shorten
-from autoglm.media.image_file import decode_base64
+from autoglm.errors import RequestError, Verbatim, invalid
+from autoglm.media.payload import detect_format
+
+log = logging.getLogger(__name__)
 
 MAGIC = (
     (re.compile(rb"RIFF....WAVE|RF64....WAVE", re.DOTALL), "WAV"),
@@ -27,13 +28,12 @@ MAGIC = (
     (re.compile(rb"OggS"), "OGG"),
     (re.compile(rb"ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]"), "MP3"),
 )
-FORMATS = "WAV, FLAC, OGG or MP3"
-DATA_URL = re.compile(r"data:audio/[a-z0-9.+-]+(;[a-z]+=[a-z0-9.,]+)*;base64,", re.IGNORECASE)
+ACCEPTED = "a WAV, FLAC, OGG or MP3 file"
 
 MIN_RATE, MAX_RATE = 4000, 192_000
 MAX_CHANNELS = 32
-MAX_LEVEL = 2.0**31  # files of floats may be scaled like integers, not beyond
-BLOCK = 2**16  # frames that are decoded at once: only their mean over the channels is kept
+MAX_LEVEL = 2.0**31  # files of floats may be scaled like integers
+BLOCK = 2**16  # frames decoded at once, of which only the mean over the channels is kept
 
 Samples = npt.NDArray[np.float32]
 
@@ -48,18 +48,23 @@ class AudioPart:
 
 @dataclass(frozen=True)
 class AudioFile:
-    """A clip as it goes to the speech encoder: the encoded file, the tokens that it stands for in the prompt (0 where
-    its transcript does), the `audio_hash`, and the request's field that it came from, for messages."""
+    """An input of the speech encoder.
+
+    data: the encoded file.
+    num_tokens: number of its embeddings in the prompt; 0 for a clip that is replaced by its transcript.
+    media_hash: `media_hash(data, models)`.
+    name: the request's field, for error messages.
+    """
 
     data: bytes
-    tokens: int
-    hash: str
+    num_tokens: int
+    media_hash: str
     name: str
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of a sound file says; `frames` are samples of one channel, `rate` how many a second has."""
+    """The header of an audio file. `rate` is in Hz, `frames` are samples per channel."""
 
     format: str
     rate: int
@@ -67,20 +72,19 @@ class AudioInfo:
     frames: int
 
     def resampled(self, rate: int) -> int:
-        """Samples that the clip has at another rate."""
+        """Number of samples per channel at another rate."""
         return (2 * self.frames * rate + self.rate) // (2 * self.rate)
 
 
 def read_audio(data: bytes, limits: AudioSection, name: str = "audio") -> AudioInfo:
-    """Format and length of a sound file, without decoding it; but an MP3 is decoded to be counted, as its header may
-    not know its length.
+    """Format and length of an audio file. Only an MP3 is decoded, because its header may lack the length.
 
     Args:
-        name: the request's field, for messages.
+        name: the request's field, for error messages.
 
     Raises:
-        RequestError: the file is empty, too large, of another format, has a broken header, no samples, or lasts too
-            long. Damage inside the compressed samples is found by `decode_audio` only.
+        RequestError: the file is empty, too large, of an unknown format, has a damaged header, no samples, or is too
+            long. Damage of the compressed samples is only found by `decode_audio`.
     """
     file, info = _open(data, limits, name)
     with file:
@@ -91,10 +95,10 @@ def read_audio(data: bytes, limits: AudioSection, name: str = "audio") -> AudioI
 
 
 def decode_audio(data: bytes, limits: AudioSection, rate: int, name: str = "audio") -> Samples:
-    """The samples of a sound file: the mean of its channels, at `rate`, fp32 [`AudioInfo.resampled(rate)`].
+    """Decode an audio file to the mean of its channels at `rate` Hz: fp32 [`AudioInfo.resampled(rate)`].
 
     Raises:
-        RequestError: as `read_audio`; the samples are truncated or broken, or are no finite numbers.
+        RequestError: as `read_audio`, or the samples are truncated, damaged or not finite.
     """
     file, info = _open(data, limits, name)
     if info.format != "MP3":
@@ -102,71 +106,55 @@ def decode_audio(data: bytes, limits: AudioSection, rate: int, name: str = "audi
     with file:
         samples: Samples = np.concatenate([np.empty(0, np.float32), *_blocks(file, info, limits, name)])
     if info.format != "MP3" and len(samples) < info.frames:
-        got = Exact(f"a truncated {info.format} file of {len(samples) / info.rate:.2f} s")
-        raise invalid(name, got, f"whole files: its header says {info.frames / info.rate:.2f} s")
+        found, announced = len(samples) / info.rate, info.frames / info.rate
+        raise RequestError(f"{name} is a truncated {info.format} file: it has {found:.2f} s of {announced:.2f} s")
     info = replace(info, frames=len(samples))
     _check_length(info, limits, name)
-    if not np.abs(samples).max() <= MAX_LEVEL:  # of NaN nothing is true
-        raise invalid(name, Exact("samples that are NaN, infinite or beyond 2^31"), "finite samples, usually -1 to 1")
+    if not np.abs(samples).max() <= MAX_LEVEL:  # false for NaN too
+        raise invalid(name, Verbatim("NaN, infinite or larger samples"), "audio with samples between -2^31 and 2^31")
     if info.rate == rate:
         return samples
     resampled = np.zeros(info.resampled(rate), np.float32)
-    made = soxr.resample(samples, info.rate, rate)[: len(resampled)]  # how it rounds halves is not documented
-    resampled[: len(made)] = made
+    output = soxr.resample(samples, info.rate, rate)[: len(resampled)]  # its rounding of halves is undocumented
+    resampled[: len(output)] = output
     return resampled
 
 
-def decode_audio_url(url: str, limits: AudioSection, name: str) -> bytes:
-    """The bytes of a `data:audio/...;base64,` URL. The format that it names is not trusted, the file's own counts.
-
-    Raises:
-        RequestError: another kind of URL, broken base64, or more bytes than allowed.
-    """
-    prefix = DATA_URL.match(url)
-    if prefix is None:
-        raise invalid(name, url, "a data URL (data:audio/wav;base64,...); other URLs are not fetched")
-    return decode_base64(url[prefix.end() :], limits.max_audio_bytes, name, "per audio file")
-
-
-def audio_hash(data: bytes, identity: str) -> str:
-    """Identity of what an encoder and a projector, named by `identity`, make of a sound file: hex SHA-256."""
+def media_hash(data: bytes, models: str) -> str:
+    """The hash that identifies a clip in caches: hex SHA-256 of the file and of `models`, the digest of the encoder and
+    the projector."""
     digest = hashlib.sha256(data)
-    digest.update(f"speech:{identity}".encode())
+    digest.update(f"speech:{models}".encode())
     return digest.hexdigest()
 
 
 def _open(data: bytes, limits: AudioSection, name: str) -> tuple[soundfile.SoundFile, AudioInfo]:
-    """Check the file's limits and open it; only the header is read."""
-    if not data:
-        raise invalid(name, Exact("an empty file"), f"{FORMATS} files")
-    if len(data) > limits.max_audio_bytes:
-        raise invalid(name, Exact(f"{len(data)} bytes"), f"at most {limits.max_audio_bytes} bytes per audio file")
-    kind = next((kind for magic, kind in MAGIC if magic.match(data)), None)
-    if kind is None:
-        raise invalid(name, Exact(f"a file that begins with {bytes(data[:12])!r}"), f"{FORMATS} files")
+    """Open a file after checking its limits; only the header is read."""
+    kind = detect_format(data, MAGIC, accepted=ACCEPTED, limit=limits.max_audio_bytes, name=name)
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
-        raise RequestError(f"{name}: the header of this {kind} cannot be read: {_reason(error)}") from None
+        log.info("soundfile cannot read the header of a %s file: %s", kind, error)
+        raise RequestError(f"{name} is a damaged {kind} file: its header cannot be read") from None
     info = AudioInfo(kind, file.samplerate, file.channels, file.frames)
     if MIN_RATE <= info.rate <= MAX_RATE and info.channels <= MAX_CHANNELS:
         return file, info
     file.close()
     if info.channels > MAX_CHANNELS:
-        raise invalid(name, Exact(f"{info.channels} channels"), f"at most {MAX_CHANNELS}")
-    raise invalid(name, Exact(f"{info.rate} samples a second"), f"from {MIN_RATE} to {MAX_RATE}")
+        raise invalid(name, Verbatim(f"{info.channels} channels"), f"audio with at most {MAX_CHANNELS} channels")
+    raise invalid(name, Verbatim(f"{info.rate} Hz"), f"audio with a sample rate between {MIN_RATE} and {MAX_RATE} Hz")
 
 
 def _check_length(info: AudioInfo, limits: AudioSection, name: str) -> None:
     if info.frames > limits.max_audio_seconds * info.rate:
-        got = Exact(f"{info.frames / info.rate:.1f} s or more")
-        raise invalid(name, got, f"at most {limits.max_audio_seconds} s per audio file")
+        got = Verbatim(f"{info.frames / info.rate:.1f} s or more")
+        raise invalid(name, got, f"at most {limits.max_audio_seconds} s long")
     if info.frames < 1:
-        raise invalid(name, Exact(f"a {info.format} file of 0 s"), "files that hold sound")
+        raise invalid(name, Verbatim(f"a {info.format} file of 0 s"), "audio with at least one sample")
 
 
 def _blocks(file: soundfile.SoundFile, info: AudioInfo, limits: AudioSection, name: str) -> Iterator[Samples]:
-    """The mean of the channels, piece by piece, not much further than a file may last."""
+    """The mean of the channels in blocks, up to at most one block more than the longest accepted clip."""
     done = 0
     share = np.full(info.channels, 1 / info.channels, np.float32)
     try:
@@ -177,9 +165,5 @@ def _blocks(file: soundfile.SoundFile, info: AudioInfo, limits: AudioSection, na
             done += len(block)
             yield block @ share
     except soundfile.SoundFileError as error:
-        raise RequestError(f"{name}: the samples of this {info.format} cannot be decoded: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """The library's message without the place in memory of the file, which it begins with."""
-    return shorten(re.sub(r"^Error opening <.*?>: ", "", str(error)))
+        log.info("soundfile cannot decode the samples of a %s file: %s", info.format, error)
+        raise RequestError(f"{name} is a damaged {info.format} file: its samples cannot be decoded") from None

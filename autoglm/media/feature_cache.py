@@ -1,11 +1,10 @@
-"""Embeddings of images that were encoded before; what was used longest ago goes first.
+"""An LRU cache of encoded features, in two tiers: device memory, and pinned host memory for entries evicted from it.
 
-Two tiers: the device's memory, and pinned host memory for what no longer fits there. What is found in the host's moves
-back to the device. On the CPU both are the same memory.
+A hit in the host tier moves the entry back to the device. On the CPU both tiers are ordinary memory.
 
-Entries are immutable, and leaving the cache only drops a reference. All of a cache's work on its device must be on one
-stream: copies are asynchronous, and the stream's order alone keeps them from reading what is not yet written, and the
-allocators from giving memory away that is still read.
+Entries are immutable, and eviction only drops a reference. All of a cache's work on its device must be on one stream:
+copies are asynchronous, and only the stream's order keeps them from reading unwritten memory, and the allocators from
+reusing memory that is still read.
 """
 
 import threading
@@ -20,18 +19,18 @@ from autoglm.errors import RequestError
 
 @dataclass
 class CacheStats:
-    """Totals since the start, and what is held."""
+    """Totals since start-up, and the current size."""
 
-    hits: int = 0  # images that need not be encoded; also when another request is encoding the same just now
+    hits: int = 0  # including claims that joined an encoding in progress
     misses: int = 0
-    evictions: int = 0  # entries that left both tiers
+    evictions: int = 0  # from both tiers
     entries: int = 0
     bytes: int = 0  # on the device
     host_bytes: int = 0
 
 
 class _Tier:
-    """Tensors of at most `limit` bytes together."""
+    """An LRU map of tensors of at most `limit` bytes in total."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -39,7 +38,7 @@ class _Tier:
         self.entries: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def get(self, key: str) -> torch.Tensor | None:
-        """The tensor under `key`, which is now the last that was used."""
+        """Look up a tensor and mark it as the most recently used."""
         if key not in self.entries:
             return None
         self.entries.move_to_end(key)
@@ -52,60 +51,63 @@ class _Tier:
         return features
 
     def add(self, key: str, features: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """Put in a tensor as the last that was used; returns what had to leave for it."""
+        """Insert a tensor as the most recently used; returns the evicted ones."""
         self.pop(key)
         self.entries[key] = features
         self.used += _size(features)
-        left = []
+        evicted = []
         while self.used > self.limit:
             oldest, tensor = self.entries.popitem(last=False)
             self.used -= _size(tensor)
-            left.append((oldest, tensor))
-        return left
+            evicted.append((oldest, tensor))
+        return evicted
 
 
 class FeatureCache:
-    """Safe for several threads."""
+    """Thread-safe.
+
+    Args:
+        device_bytes, host_bytes: sizes of the tiers; 0 disables one.
+    """
 
     def __init__(self, device: torch.device, device_bytes: int, host_bytes: int = 0) -> None:
-        """The tiers may take so many bytes; 0 is none."""
         self.device = device
         self.stats = CacheStats()
         self._device = _Tier(device_bytes)
         self._host = _Tier(host_bytes)
-        self._awaited: dict[str, Future[torch.Tensor]] = {}
+        self._claims: dict[str, Future[torch.Tensor]] = {}
         self._lock = threading.Lock()
 
     def claim(self, key: str) -> tuple[Future[torch.Tensor], bool]:
-        """The features under `key`, and whether it is the caller who must encode them.
+        """A future of the features under `key`, and whether the caller must encode them.
 
-        Whoever must, ends it with `put` or `fail`; until then all others who ask for the same key share the future.
-        To be free of deadlocks, end all that is yours before you wait for anything.
+        If so, the caller resolves the claim by `put` or `fail`; until then all other claims of the key share its
+        future. To avoid deadlock, resolve all your claims before waiting on others'.
         """
         with self._lock:
-            future = self._awaited.get(key)
+            future = self._claims.get(key)
             if future is None:
                 future = Future()
                 features = self._find(key)
                 if features is None:
                     self.stats.misses += 1
-                    self._awaited[key] = future
+                    self._claims[key] = future
                     return future, True
                 future.set_result(features)
             self.stats.hits += 1
             return future, False
 
     def put(self, key: str, features: torch.Tensor) -> None:
-        """Answer a claim with features on the device, in a storage of their own, which nobody writes any more."""
+        """Resolve a claim with features on the device, in their own storage, which must not be written any more."""
         with self._lock:
             self._store(key, features)
-            future = self._awaited.pop(key)
+            future = self._claims.pop(key)
         future.set_result(features)
 
     def fail(self, key: str, error: RequestError) -> None:
-        """Answer a claim with an error, which is not kept."""
+        """Resolve a claim with an error, which is not cached."""
         with self._lock:
-            future = self._awaited.pop(key)
+            future = self._claims.pop(key)
         future.set_exception(error)
 
     def _find(self, key: str) -> torch.Tensor | None:
@@ -118,7 +120,7 @@ class FeatureCache:
         return features
 
     def _store(self, key: str, features: torch.Tensor) -> None:
-        # One that no tier could hold must not drive out all others.
+        # An entry larger than a tier must not evict all others.
         if _size(features) <= self._device.limit:
             for old, tensor in self._device.add(key, features):
                 self._store_on_host(old, tensor)
@@ -139,7 +141,7 @@ def _size(features: torch.Tensor) -> int:
 
 
 def _pinned_size(features: torch.Tensor) -> int:
-    """torch's allocator of pinned memory takes powers of two: counting less would break the bound."""
+    """The allocated size: torch's allocator of pinned memory rounds up to powers of two."""
     return int(1 << (features.nbytes - 1).bit_length())
 
 

@@ -1,26 +1,25 @@
-"""Image files: what their headers say, their limits, their identity, and decoding them.
+"""Image files: headers, limits, hashes and decoding.
 
-`read_image` needs only the header: it runs before anything is paid for, and no file makes it allocate pixels or loop
-for long. `decode_image` gives the pixels, with the same checks before it starts.
+`read_image` reads only the header, so it is cheap: no file makes it allocate pixels or loop for long. `decode_image`
+returns the pixels, after the same checks.
 """
 
-from __future__ import annotations
-
-import base64
 import hashlib
 import io
+import logging
 import re
 import struct
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pybase64
 from PIL import ExifTags, Image
 
 from autoglm.config import LimitsConfig
-from autoglm.errors import Exact, RequestError, invalid, shorten
+from autoglm.errors import RequestError, Verbatim, invalid
+from autoglm.media.payload import detect_format
+
+log = logging.getLogger(__name__)
 
 MAGIC = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "PNG"),
@@ -29,16 +28,15 @@ MAGIC = (
     (re.compile(rb"GIF8[79]a"), "GIF"),
     (re.compile(rb"BM"), "BMP"),
 )
-FORMATS = "PNG, JPEG, WebP, GIF or BMP"
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+ACCEPTED = "a PNG, JPEG, WebP, GIF or BMP file"
 
-# Chunks of a file before its pixels end. Real files hold hundreds; a crafted one of millions would keep a parser busy
-# for minutes (GIF comments even quadratically).
+# Limits of a file's structure. Real files have hundreds of chunks; millions would keep a parser busy for minutes (GIF
+# comments even quadratically).
 MAX_CHUNKS = 16384
 MAX_GIF_BLOCKS = 4096
 MAX_JPEG_SCANS = 128
 
-# Instead of Pillow's own limit the configured one holds, checked before anything is decoded.
+# Replaced by the configured limit, which is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 TRANSPOSES = {
@@ -62,18 +60,23 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image as it goes to the vision encoder: the encoded file, the grid (1, rows, columns) of patches that it is
-    resized to, the `media_hash` of both, and the request's field that it came from, for messages."""
+    """An input of the vision encoder.
+
+    data: the encoded file.
+    grid: (1, rows, columns) of patches that the image is resized to.
+    media_hash: `media_hash(data, grid)`.
+    name: the request's field, for error messages.
+    """
 
     data: bytes
     grid: tuple[int, int, int]
-    hash: str
+    media_hash: str
     name: str
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the header of an image file says. Width and height are those of the upright image, in pixels."""
+    """The header of an image file. Width and height are those of the upright image, in pixels."""
 
     format: str
     width: int
@@ -82,14 +85,14 @@ class ImageInfo:
 
 
 def read_image(data: bytes, limits: LimitsConfig, name: str = "image") -> ImageInfo:
-    """Format and upright size of an image file, without decoding pixels.
+    """Format and upright size of an image file, without decoding its pixels.
 
     Args:
-        name: the request's field, for messages.
+        name: the request's field, for error messages.
 
     Raises:
-        RequestError: the file is empty, too large, of another format, visibly truncated or broken, or has too many
-            pixels. Damage inside the compressed pixels is found by `decode_image` only.
+        RequestError: the file is empty, too large, of an unknown format, truncated or damaged in its structure, or has
+            too many pixels. Damage of the compressed pixels is only found by `decode_image`.
     """
     image, info = _open(data, limits, name)
     image.close()
@@ -97,14 +100,14 @@ def read_image(data: bytes, limits: LimitsConfig, name: str = "image") -> ImageI
 
 
 def decode_image(data: bytes, limits: LimitsConfig, name: str = "image") -> Image.Image:
-    """The pixels of an image file as an upright RGB image.
+    """Decode an image file to an upright RGB image.
 
-    As transformers' `load_image`: EXIF orientation is applied, the first frame of an animation is taken, and Pillow
-    converts to RGB, which drops alpha and leaves the colours that lie under it. One difference: 16-bit grey is scaled
-    to 8 bits, where Pillow would clip nearly all of it to white.
+    Like transformers' `load_image`: the EXIF orientation is applied, the first frame of an animation is used, and the
+    alpha channel is dropped without blending. One difference: 16-bit grey is scaled to 8 bits, where Pillow would clip
+    nearly all of it to white.
 
     Raises:
-        RequestError: as `read_image`, and when the pixels are truncated or broken.
+        RequestError: as `read_image`, or the pixels are truncated or damaged.
     """
     image, info = _open(data, limits, name)
     try:
@@ -114,93 +117,60 @@ def decode_image(data: bytes, limits: LimitsConfig, name: str = "image") -> Imag
         image = image.convert("RGB") if image.mode != "RGB" else image
         if info.orientation in TRANSPOSES:
             image = image.transpose(TRANSPOSES[info.orientation])
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
-        raise RequestError(f"{name}: the pixels of this {info.format} cannot be decoded: {shorten(error)}") from None
+    except Exception as error:  # Pillow's decoders raise a dozen types
+        log.info("Pillow cannot decode the pixels of a %s file: %s", info.format, error)
+        raise RequestError(f"{name} is a damaged {info.format} file: its pixels cannot be decoded") from None
     if image.size != (info.width, info.height):
-        raise RequestError(f"{name}: the pixels of this {info.format} are not of the size that its header says")
+        raise RequestError(f"{name} is a damaged {info.format} file: its pixels do not have the size in its header")
     return image
 
 
-def decode_data_url(url: str, limits: LimitsConfig, name: str) -> bytes:
-    """The bytes of a `data:image/...;base64,` URL. The format that it names is not trusted, the file's own counts.
-
-    Raises:
-        RequestError: another kind of URL, broken base64, or more bytes than allowed.
-    """
-    prefix = DATA_URL.match(url)
-    if prefix is None:
-        raise invalid(name, url, "a data URL (data:image/png;base64,...); other URLs are not fetched")
-    return decode_base64(url[prefix.end() :], limits.max_image_bytes, name, "per image")
-
-
-def decode_base64(text: str, limit: int, name: str, per: str) -> bytes:
-    """The bytes that a text stands for, of which there may be `limit`.
-
-    Raises:
-        RequestError: broken base64, or more bytes than allowed.
-    """
-    size = len(text) * 3 // 4
-    if size > limit + 2:
-        raise invalid(name, Exact(f"about {size} bytes"), f"at most {limit} bytes {per}")
-    with suppress(ValueError):
-        return pybase64.b64decode(text, validate=True)
-    try:
-        return base64.b64decode(text, validate=True)  # says what is wrong
-    except ValueError as error:
-        raise RequestError(f"{name}: got broken base64 ({error}); allowed: the whole of a file") from None
-
-
 def media_hash(data: bytes, grid: tuple[int, int, int]) -> str:
-    """Identity of an encoded image for caches: hex SHA-256 over the file and the grid it is resized to."""
+    """The hash that identifies an encoded image in caches: hex SHA-256 of the file and its grid."""
     digest = hashlib.sha256(data)
     digest.update(b"grid:%d,%d,%d" % grid)
     return digest.hexdigest()
 
 
 def _open(data: bytes, limits: LimitsConfig, name: str) -> tuple[Image.Image, ImageInfo]:
-    """Check the file's structure and limits and open it; Pillow reads the header only."""
-    if not data:
-        raise invalid(name, Exact("an empty file"), f"{FORMATS} files")
-    if len(data) > limits.max_image_bytes:
-        raise invalid(name, Exact(f"{len(data)} bytes"), f"at most {limits.max_image_bytes} bytes per image")
-    kind = next((kind for magic, kind in MAGIC if magic.match(data)), None)
-    if kind is None:
-        raise invalid(name, Exact(f"a file that begins with {bytes(data[:12])!r}"), f"{FORMATS} files")
+    """Open a file after checking its structure and limits. Pillow reads the header only."""
+    kind = detect_format(data, MAGIC, accepted=ACCEPTED, limit=limits.max_image_bytes, name=name)
     try:
-        late_exif = _check_structure(kind, data)
+        png_exif = _check_structure(kind, data)
     except (struct.error, IndexError):
-        raise RequestError(f"{name}: got a truncated {kind} file; allowed: whole files") from None
-    except _BrokenFile as error:
-        raise RequestError(f"{name}: got a broken {kind} file ({error}); allowed: whole files") from None
+        raise RequestError(f"{name} is a truncated {kind} file") from None
+    except _DamagedFile as error:
+        raise RequestError(f"{name} is a damaged {kind} file: {error}") from None
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
         width, height = image.size
-        orientation = _orientation(image, late_exif)
-    except Exception as error:  # Pillow's parsers raise a dozen kinds
-        raise RequestError(f"{name}: the header of this {kind} cannot be read: {shorten(error)}") from None
+        orientation = _orientation(image, png_exif)
+    except Exception as error:  # Pillow's parsers raise a dozen types
+        log.info("Pillow cannot read the header of a %s file: %s", kind, error)
+        raise RequestError(f"{name} is a damaged {kind} file: its header cannot be read") from None
     if width * height > limits.max_image_pixels:
-        got = Exact(f"{width}x{height} = {width * height} pixels")
-        raise invalid(name, got, f"at most {limits.max_image_pixels} pixels per image")
+        got = Verbatim(f"{width}x{height} = {width * height} pixels")
+        raise invalid(name, got, f"an image of at most {limits.max_image_pixels} pixels")
     if orientation >= 5:
         width, height = height, width
     return image, ImageInfo(kind, width, height, orientation)
 
 
-def _orientation(image: Image.Image, late_exif: bytes | None) -> int:
-    """The EXIF (or XMP) orientation 1-8, as `ImageOps.exif_transpose` finds it."""
-    if late_exif is not None:
-        image.info.setdefault("exif", b"Exif\x00\x00" + late_exif)
-    # The base class reads `info`; PngImageFile.getexif would decode the pixels to look for EXIF behind them.
+def _orientation(image: Image.Image, png_exif: bytes | None) -> int:
+    """The EXIF (or XMP) orientation 1-8, as in `ImageOps.exif_transpose`."""
+    if png_exif is not None:
+        image.info.setdefault("exif", b"Exif\x00\x00" + png_exif)
+    # The base class reads `info`; PngImageFile.getexif would decode the pixels to find an EXIF chunk after them.
     value: Any = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return value if value in TRANSPOSES else 1
 
 
-class _BrokenFile(ValueError):
-    pass
+class _DamagedFile(ValueError):
+    """The message is the reason."""
 
 
 def _check_structure(kind: str, data: bytes) -> bytes | None:
-    """Walk the file's chunks; returns a PNG's EXIF block. struct.error or IndexError: the file ends too early."""
+    """Walk the file's chunks and return a PNG's EXIF block. struct.error or IndexError: the file is truncated."""
     if kind == "PNG":
         return _check_png(data)
     if kind == "JPEG":
@@ -213,55 +183,54 @@ def _check_structure(kind: str, data: bytes) -> bytes | None:
 
 
 def _check_png(data: bytes) -> bytes | None:
-    position, exif = 8, None
+    offset, exif = 8, None
     for _ in range(MAX_CHUNKS):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        body = position + 8
-        position = body + length + 4
-        if position > len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        body = offset + 8
+        offset = body + length + 4
+        if offset > len(data):
             raise struct.error
         if kind == b"IEND":
             return exif
         if kind == b"eXIf":
             exif = data[body : body + length]
-    raise _BrokenFile(f"more than {MAX_CHUNKS} chunks")
+    raise _DamagedFile(f"it has more than {MAX_CHUNKS} chunks")
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Up to the first scan. Whether the scans are whole is left to the decoder: their end marker may be missing from
-    files that are otherwise complete."""
-    position = 2
+    """Up to the first scan. The decoder checks the scans: complete files may lack their end marker."""
+    offset = 2
     for _ in range(MAX_CHUNKS):
-        if data[position] != 0xFF:
-            raise _BrokenFile("no marker where one must be")
-        marker = data[position + 1]
-        position += 2
+        if data[offset] != 0xFF:
+            raise _DamagedFile("a marker is missing")
+        marker = data[offset + 1]
+        offset += 2
         if marker == 0xDA:
-            if data.count(b"\xff\xda", position) >= MAX_JPEG_SCANS:
-                raise _BrokenFile(f"more than {MAX_JPEG_SCANS} scans")
+            if data.count(b"\xff\xda", offset) >= MAX_JPEG_SCANS:
+                raise _DamagedFile(f"it has more than {MAX_JPEG_SCANS} scans")
             return
         if marker == 0xFF:
-            position -= 1  # a fill byte
+            offset -= 1  # a fill byte
         elif not (marker == 0x01 or 0xD0 <= marker <= 0xD8):
-            position += struct.unpack_from(">H", data, position)[0]
-    raise _BrokenFile(f"more than {MAX_CHUNKS} segments")
+            offset += struct.unpack_from(">H", data, offset)[0]
+    raise _DamagedFile(f"it has more than {MAX_CHUNKS} segments")
 
 
 def _check_gif(data: bytes) -> None:
     """Up to the first frame."""
     flags = data[10]
-    position = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    offset = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
     blocks = 0
     while blocks < MAX_GIF_BLOCKS:
-        kind = data[position]
+        kind = data[offset]
         if kind == 0x2C:
             return
         if kind != 0x21:
-            raise _BrokenFile("no frame")
-        position += 2
-        while data[position] and blocks < MAX_GIF_BLOCKS:
-            position += 1 + data[position]
+            raise _DamagedFile("its first frame is missing")
+        offset += 2
+        while data[offset] and blocks < MAX_GIF_BLOCKS:
+            offset += 1 + data[offset]
             blocks += 1
-        position += 1
+        offset += 1
         blocks += 1
-    raise _BrokenFile(f"more than {MAX_GIF_BLOCKS} blocks before the first frame")
+    raise _DamagedFile(f"it has more than {MAX_GIF_BLOCKS} blocks before its first frame")

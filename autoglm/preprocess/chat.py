@@ -1,13 +1,14 @@
-"""From a chat to token ids, through the checkpoint's own template and tokenizer.
+"""Renders chats to token ids with the checkpoint's template and tokenizer.
 
-Text of a request is text: a control token that it spells out, such as `<|user|>` or `<|image|>`, is encoded as the
-characters it consists of and can neither open a turn nor stand for an image (transformers and vLLM take it for the
-token). The tags of an answer in the history (`<think>`, `<answer>`) stay tokens.
+Control tokens spelled out in a request's text, such as `<|user|>` or `<|image|>`, are encoded as ordinary characters:
+text can neither open a turn nor insert an image (in transformers and vLLM it can). The tags of answers in the history
+(`<think>`, `<answer>`) remain tokens.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from autoglm.audio.speech import Mode, Speech, no_speech
-from autoglm.config import AudioSection, ConfigError, LimitsConfig
-from autoglm.errors import Exact, RequestError, invalid, shorten
+from autoglm.audio.speech import Speech, no_speech
+from autoglm.config import AudioMode, AudioSection, ConfigError, LimitsConfig
+from autoglm.errors import RequestError, Verbatim, invalid, shorten
 from autoglm.media.audio_file import AudioFile
 from autoglm.media.image_file import ImageFile, ImagePart, media_hash, read_image
 from autoglm.preprocess.messages import ROLES, Message, TextPart
@@ -32,20 +33,22 @@ from autoglm.vision.pixel_limits import server_limits
 if TYPE_CHECKING:
     from autoglm.checkpoint import Checkpoint, ImageLimits
 
-# Unicode's noncharacters: one that the request does not use marks the control tokens spelled out in its texts.
+log = logging.getLogger(__name__)
+
+# Unicode noncharacters. One that the request does not use marks the control tokens spelled out in its texts.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-# No real text has so many bytes per token over a whole context; tokenising more only to refuse it takes seconds.
+# More than any real text over a whole context. Longer texts are rejected before tokenisation, which would take seconds.
 MAX_BYTES_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Token ids with every placeholder repeated once per token of its image or clip (a clip whose transcript takes its
-    place has one), and images and clips in order."""
+class RenderedPrompt:
+    """Token ids, with one placeholder per token of an image or clip and one per clip to be transcribed; images and
+    clips in order."""
 
     token_ids: list[int]
     images: list[ImageFile]
-    image_tokens: int
+    num_image_tokens: int
     clips: list[AudioFile] = field(default_factory=list)
 
 
@@ -53,12 +56,11 @@ class ChatRenderer:
     """Renders chats for one checkpoint.
 
     Args:
-        content_format: "string" puts a turn's images first and joins them and the texts with newlines, as vLLM's
-            content format of that name; "list" hands the parts to the template as they are. Either way a clip stands
-            where a text would.
         max_context: tokens of a prompt and its answer together.
-        speech: what the server hears with; None is deaf.
-        audio: limits of sound files; left out, the defaults.
+        content_format: "string" joins a turn's images, then its texts, with newlines, like vLLM's content format of
+            that name; "list" passes the parts to the template. A clip takes the place of a text.
+        speech: the speech encoder; None rejects audio.
+        audio: mode and limits of audio; None uses the defaults.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ChatRenderer:
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         limits: LimitsConfig,
+        *,
         max_context: int,
         content_format: Literal["string", "list"] = "string",
         speech: Speech | None = None,
@@ -77,15 +80,15 @@ class ChatRenderer:
         self.max_context = max_context
         self.content_format = content_format
         self.template = _environment().from_string(checkpoint.chat_template)
-        known = (role for role in ("tool", "observation") if re.search(f"['\"]{role}['\"]", checkpoint.chat_template))
-        self.roles = (*ROLES, *known)
+        tools = (role for role in ("tool", "observation") if re.search(f"['\"]{role}['\"]", checkpoint.chat_template))
+        self.roles = (*ROLES, *tools)
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         ids = [checkpoint.image_start_token_id, checkpoint.image_token_id, checkpoint.image_end_token_id]
         image_tokens = [token for id_ in ids if (token := tokenizer.id_to_token(id_)) is not None]
         if len(image_tokens) != len(ids):
-            raise ValueError(f"tokenizer.json lacks tokens for config.json's image ids {ids}")
+            raise ValueError(f"tokenizer.json has no tokens for config.json's image token ids {ids}")
         self.placeholder = "".join(image_tokens)
         self.plain_text = PlainText(tokenizer, image_tokens)
         self.speech = speech
@@ -93,80 +96,83 @@ class ChatRenderer:
         highest = max(tokenizer.get_vocab().values())
         if speech is not None and highest >= checkpoint.audio_token_id:
             raise ConfigError(
-                f"speech needs an id beyond the tokenizer's, but its last, {highest}, is that of the vocabulary "
-                f"(vocab_size {checkpoint.text.vocab_size}): serve this checkpoint without AUTOGLM_SPEECH"
+                f"AUTOGLM_SPEECH cannot be used with this checkpoint: the last id of its vocabulary, "
+                f"{checkpoint.audio_token_id}, must be free for audio, but its tokenizer has ids up to {highest}"
             )
 
     def render(
-        self, messages: Sequence[Message], image_limits: ImageLimits | None = None, audio_mode: Mode | None = None
-    ) -> Prompt:
-        """Token ids of a chat that ends with the beginning of the assistant's turn.
+        self, messages: Sequence[Message], image_limits: ImageLimits | None = None, audio_mode: AudioMode | None = None
+    ) -> RenderedPrompt:
+        """Token ids of a chat, up to the start of the assistant's turn.
 
         Args:
-            image_limits: of this request; left out, the server's.
-            audio_mode: the same.
+            image_limits, audio_mode: of this request; None uses the server's.
 
         Raises:
-            RequestError: an image or a clip is refused, the template refuses the chat or leaves out one of them, or the
+            RequestError: an image or clip is not accepted, the template rejects the chat or omits one of them, or the
                 prompt leaves no room for an answer.
         """
         size = sum(len(part.text.encode()) for message in messages for part in message.texts)
         if size > MAX_BYTES_PER_TOKEN * self.max_context:
-            got = Exact(f"a text of {size} bytes")
-            raise invalid("prompt", got, f"at most {self.max_context - 1} tokens, the context of {self.max_context}")
+            raise invalid("prompt", Verbatim(f"a text of {size} bytes"), self._accepted_length())
         image_limits = image_limits or self.image_limits
         images = [_image_file(part, self.limits, image_limits) for message in messages for part in message.images]
         clips = self._clips(messages, audio_mode or self.audio.mode)
         ids = self._token_ids(messages)
         counts = {self.checkpoint.image_token_id: [tokens_of(image.grid, image_limits) for image in images]}
         if clips:
-            counts[self.checkpoint.audio_token_id] = [clip.tokens or 1 for clip in clips]
+            counts[self.checkpoint.audio_token_id] = [clip.num_tokens or 1 for clip in clips]
         for (id_, expected), kind in zip(counts.items(), ("images", "clips"), strict=False):
             rendered = ids.count(id_)
             if rendered != len(expected):
-                got = Exact(f"{len(expected)} {kind}")
-                raise invalid("prompt", got, f"the {rendered} that the chat template shows")
+                message = f"prompt has {len(expected)} {kind}, but the checkpoint's chat template renders {rendered}"
+                raise RequestError(message)
         visual = sum(counts[self.checkpoint.image_token_id])
         total = len(ids) + sum(sum(expected) - len(expected) for expected in counts.values())
         if total >= self.max_context:
-            got = Exact(f"{total} tokens ({visual} of them for {len(images)} images)")
-            allowed = f"at most {self.max_context - 1}, one less than the context of {self.max_context}"
-            raise invalid("prompt", got, allowed)
-        following = {id_: iter(expected) for id_, expected in counts.items()}
-        token_ids = [id_ for id_ in ids for _ in range(next(following[id_]) if id_ in following else 1)]
-        return Prompt(token_ids, images, visual, clips)
+            got = Verbatim(f"{total} tokens, {visual} of them for {len(images)} images")
+            raise invalid("prompt", got, self._accepted_length())
+        remaining = {id_: iter(expected) for id_, expected in counts.items()}
+        token_ids = [id_ for id_ in ids for _ in range(next(remaining[id_]) if id_ in remaining else 1)]
+        return RenderedPrompt(token_ids, images, visual, clips)
 
-    def _clips(self, messages: Sequence[Message], mode: Mode) -> list[AudioFile]:
-        parts = [part for message in messages for part in message.sounds]
+    def _accepted_length(self) -> str:
+        return f"at most {self.max_context - 1} tokens, one less than the context of {self.max_context}"
+
+    def _clips(self, messages: Sequence[Message], mode: AudioMode) -> list[AudioFile]:
+        parts = [part for message in messages for part in message.clips]
         if parts and self.speech is None:
             raise no_speech()
         return [self.speech.clip(part, mode, self.audio) for part in parts if self.speech]
 
     def _token_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the rendered chat, one placeholder for each image and clip."""
+        """Ids of the rendered chat, with one placeholder per image and clip."""
         texts = "".join(part.text for message in messages for part in message.texts)
         free = [mark for mark in MARKS if mark not in texts][:2]
         if len(free) < 2:
-            raise RequestError("prompt: got a text with nearly all noncharacters U+FDD0 to U+FDEF; allowed: real text")
+            raise RequestError("prompt must leave two of the noncharacters U+FDD0 to U+FDEF unused")
         mark, clip = free
         turns = [{"role": message.role, "content": self._content(message, mark, clip)} for message in messages]
         try:
             rendered = self.template.render(messages=turns, tools=None, documents=None, add_generation_prompt=True)
+        except _RejectedError as error:
+            raise RequestError(f"prompt is rejected by the checkpoint's chat template: {shorten(str(error))}") from None
         except jinja2.TemplateError as error:
-            raise RequestError(f"prompt: the checkpoint's chat template refuses it: {shorten(str(error))}") from None
+            log.info("the chat template failed: %s", error)
+            raise RequestError("prompt cannot be rendered by the checkpoint's chat template") from None
         ids: list[int] = []
         for piece in rendered.split(clip):
             ids += [self.checkpoint.audio_token_id, *self.plain_text.encode(piece, mark)]
         return ids[1:]
 
     def _content(self, message: Message, mark: str, clip: str) -> str | list[dict[str, str]]:
-        """A message's content as the template gets it; `clip` is the text that stands for a clip."""
+        """A message's content for the template; `clip` is the text that represents a clip."""
         words = [part for part in message.parts if not isinstance(part, ImagePart)]
         texts = self.plain_text.mark([part.text if isinstance(part, TextPart) else clip for part in words], mark)
         if self.content_format == "string":
             return "\n".join([self.placeholder] * len(message.images) + ["\n".join(texts)])
         if message.role != "user" or not message.is_list:
-            return "".join(texts)  # templates print other roles' content as it is
+            return "".join(texts)  # templates print the content of other roles as a string
         remaining = iter(texts)
         return [
             {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": next(remaining)}
@@ -180,11 +186,15 @@ def _image_file(part: ImagePart, limits: LimitsConfig, image_limits: ImageLimits
     return ImageFile(part.data, grid, media_hash(part.data, grid), part.name)
 
 
+class _RejectedError(jinja2.TemplateError):
+    """Raised by the template itself; the message is written for callers."""
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates."""
+    """Jinja with the settings of transformers' chat templates."""
 
     def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+        raise _RejectedError(message)
 
     def tojson(
         value: Any,

@@ -1,6 +1,4 @@
-"""Reading a request's chat: MESSAGES (an OpenAI-style list as JSON) or PROMPT, with images and sound they refer to."""
-
-from __future__ import annotations
+"""Reads a request's chat: MESSAGES (an OpenAI-style list as JSON) or PROMPT, with their images and audio clips."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -8,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoglm.config import AudioSection, LimitsConfig
-from autoglm.errors import Exact, RequestError, invalid
-from autoglm.media.audio_file import AudioPart, decode_audio_url
-from autoglm.media.image_file import ImagePart, decode_base64, decode_data_url
+from autoglm.errors import RequestError, Verbatim, invalid, printable
+from autoglm.media.audio_file import AudioPart
+from autoglm.media.image_file import ImagePart
+from autoglm.media.payload import decode_base64, decode_data_url
 
 ROLES = ("system", "user", "assistant")
-PART_TYPES = "text, image, image_url, audio or input_audio"
+PART_TYPES = "text, image, image_url, audio, input_audio"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ Part = TextPart | ImagePart | AudioPart
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `is_list` tells whether its content came as a list of parts; templates may treat that differently."""
+    """One turn. `is_list`: its content is a list of parts, which templates may render differently from a string."""
 
     role: str
     parts: tuple[Part, ...]
@@ -38,7 +37,7 @@ class Message:
         return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
     @property
-    def sounds(self) -> tuple[AudioPart, ...]:
+    def clips(self) -> tuple[AudioPart, ...]:
         return tuple(part for part in self.parts if isinstance(part, AudioPart))
 
     @property
@@ -48,127 +47,129 @@ class Message:
 
 def read_messages(
     source: bytes,
-    files: Sequence[bytes],
+    images: Sequence[bytes],
     limits: LimitsConfig,
+    *,
     roles: Collection[str] = ROLES,
-    sounds: Sequence[bytes] = (),
-    audio: AudioSection | None = None,
+    clips: Sequence[bytes] = (),
+    audio_limits: AudioSection | None = None,
 ) -> list[Message]:
     """Parse MESSAGES.
 
     Args:
         source: UTF-8 JSON text.
-        files: the elements of IMAGES, in order; each goes to the next part of type image.
-        roles: the roles that the checkpoint's template knows.
-        sounds: the elements of AUDIO, in order; each goes to the next part of type audio.
-        audio: limits of these; left out, the defaults.
+        images: the elements of IMAGES, in the order of the parts of type image.
+        roles: the roles that the checkpoint's template supports.
+        clips: the elements of AUDIO, in the order of the parts of type audio.
+        audio_limits: None uses the defaults.
 
     Raises:
-        RequestError: anything that is not exactly such a chat, named like `MESSAGES[2].content[0].type`, or a number
-            of image or audio parts that differs from the number of files.
+        RequestError: the chat is malformed (the message names the field, such as `MESSAGES[2].content[0].type`), or
+            the number of images or clips differs from the number of their parts or exceeds its limit.
     """
-    media = _Media(files, limits, sounds, audio or AudioSection())
+    media = _Media(images, limits, clips, audio_limits or AudioSection())
     turns = _parse_json(source)
     if not isinstance(turns, list) or not turns:
-        raise _wrong_type("MESSAGES", turns, "a non-empty list of messages")
+        raise _wrong_type("MESSAGES", turns, "a non-empty JSON list of messages")
     messages = [_read_message(turn, f"MESSAGES[{i}]", media, roles) for i, turn in enumerate(turns)]
-    if media.images_taken != len(files):
-        got = Exact(f"{len(files)} images for {media.images_taken} parts of type image in MESSAGES")
-        raise invalid("IMAGES", got, "one image for each such part")
-    if media.sounds_taken != len(sounds):
-        got = Exact(f"{len(sounds)} files for {media.sounds_taken} parts of type audio in MESSAGES")
-        raise invalid("AUDIO", got, "one file for each such part")
-    media.check_counts(sum(len(turn.images) for turn in messages), sum(len(turn.sounds) for turn in messages))
+    _check_all_used("IMAGES", len(images), media.num_images, "image")
+    _check_all_used("AUDIO", len(clips), media.num_clips, "audio")
+    media.check_counts(sum(len(turn.images) for turn in messages), sum(len(turn.clips) for turn in messages))
     return messages
 
 
-def read_prompt(
+def read_user_prompt(
     source: bytes,
-    files: Sequence[bytes],
+    images: Sequence[bytes],
     limits: LimitsConfig,
-    sounds: Sequence[bytes] = (),
-    audio: AudioSection | None = None,
+    *,
+    clips: Sequence[bytes] = (),
+    audio_limits: AudioSection | None = None,
 ) -> list[Message]:
-    """One user turn from PROMPT: all images in order, all sounds, then the text, which sound may replace.
+    """One user turn from PROMPT: the images, the clips, then the text, which may be empty if there are clips.
 
     Raises:
-        RequestError: the text is not UTF-8, or empty without any sound, or there are too many images or sounds.
+        RequestError: the text is empty or not UTF-8, or there are too many images or clips.
     """
-    media = _Media(files, limits, sounds, audio or AudioSection())
+    media = _Media(images, limits, clips, audio_limits or AudioSection())
     text = _decode(source, "PROMPT")
-    if not text.strip() and not sounds:
-        raise invalid("PROMPT", text, "a non-empty text, or AUDIO")
-    parts: list[Part] = [media.take_image() for _ in files]
-    parts += [media.take_sound() for _ in sounds]
+    if not text.strip() and not clips:
+        raise invalid("PROMPT", text, "a non-empty text unless AUDIO is given")
+    parts: list[Part] = [media.take_image() for _ in images]
+    parts += [media.take_clip() for _ in clips]
     parts += [TextPart(text, "PROMPT")] if text.strip() else []
     return [Message("user", tuple(parts), is_list=True)]
 
 
 class _Media:
-    """The elements of IMAGES and of AUDIO in order, and how many of them were asked for, which may be more than there
-    are."""
+    """The elements of IMAGES and AUDIO, taken in order. More may be taken than there are; the caller checks that."""
 
     def __init__(
-        self, images: Sequence[bytes], limits: LimitsConfig, sounds: Sequence[bytes], audio: AudioSection
+        self, images: Sequence[bytes], limits: LimitsConfig, clips: Sequence[bytes], audio_limits: AudioSection
     ) -> None:
         self.images = images
         self.limits = limits
-        self.sounds = sounds
-        self.audio = audio
-        self.images_taken = 0
-        self.sounds_taken = 0
-        self.check_counts(len(images), len(sounds))
+        self.clips = clips
+        self.audio_limits = audio_limits
+        self.num_images = 0  # taken so far
+        self.num_clips = 0
+        self.check_counts(len(images), len(clips))
 
-    def check_counts(self, images: int, sounds: int) -> None:
-        if images > self.limits.max_images:
-            raise invalid("IMAGES", Exact(f"{images} images"), f"at most {self.limits.max_images} in one request")
-        if sounds > self.audio.max_audio_files:
-            raise invalid("AUDIO", Exact(f"{sounds} files"), f"at most {self.audio.max_audio_files} in one request")
+    def check_counts(self, images: int, clips: int) -> None:
+        most_images, most_clips = self.limits.max_images, self.audio_limits.max_audio_files
+        if images > most_images:
+            raise invalid("IMAGES", images, f"at most {most_images} per request")
+        if clips > most_clips:
+            raise invalid("AUDIO", clips, f"at most {most_clips} per request")
 
     def take_image(self) -> ImagePart:
-        i, self.images_taken = self.images_taken, self.images_taken + 1
+        i, self.num_images = self.num_images, self.num_images + 1
         name = f"IMAGES[{i}]"
         file = self.images[i] if i < len(self.images) else b""
-        if file[:5] == b"data:":  # a JSON request cannot hold raw bytes
-            file = decode_data_url(_decode(file, name), self.limits, name)
+        if file[:5] == b"data:":  # JSON requests to Triton cannot hold raw bytes
+            file = decode_data_url(_decode(file, name), "image", self.limits.max_image_bytes, name)
         return ImagePart(file, name)
 
-    def take_sound(self) -> AudioPart:
-        i, self.sounds_taken = self.sounds_taken, self.sounds_taken + 1
+    def take_clip(self) -> AudioPart:
+        i, self.num_clips = self.num_clips, self.num_clips + 1
         name = f"AUDIO[{i}]"
-        file = self.sounds[i] if i < len(self.sounds) else b""
+        file = self.clips[i] if i < len(self.clips) else b""
         if file[:5] == b"data:":
-            file = decode_audio_url(_decode(file, name), self.audio, name)
+            file = decode_data_url(_decode(file, name), "audio", self.audio_limits.max_audio_bytes, name)
         return AudioPart(file, name)
+
+
+def _check_all_used(name: str, elements: int, parts: int, kind: str) -> None:
+    if elements != parts:
+        accepted = f"one element for each part of type {kind} in MESSAGES"
+        raise invalid(name, Verbatim(f"{elements} for {parts}"), accepted)
 
 
 def _decode(source: bytes, name: str) -> str:
     try:
         return source.decode("utf-8")
     except UnicodeDecodeError as error:
-        got = Exact(f"bytes that are not UTF-8 at offset {error.start}")
+        got = Verbatim(f"bytes that are not UTF-8 at offset {error.start}")
         raise invalid(name, got, "UTF-8 text") from None
 
 
 def _parse_json(source: bytes) -> Any:
     text = _decode(source, "MESSAGES")
-    if not text.strip():
-        raise invalid("MESSAGES", text, "a non-empty JSON list of messages")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        got = f"{error.msg} at line {error.lineno} column {error.colno}"
-        raise RequestError(f"MESSAGES: not JSON ({got}); allowed: a JSON list of messages") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise RequestError("MESSAGES: too deep or too long to be read; allowed: a JSON list of messages") from None
+        got = f"a syntax error at line {error.lineno}, column {error.colno}" if text.strip() else "an empty text"
+    except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of brackets
+        got = "a number that is too long or nesting that is too deep"
+    raise invalid("MESSAGES", Verbatim(got), "a non-empty JSON list of messages")
 
 
 def _read_message(turn: Any, name: str, media: _Media, roles: Collection[str]) -> Message:
-    # OpenAI's own client sends back empty fields of its answers: null is the same as absent.
+    # OpenAI's client sends the empty fields of answers back: null is the same as absent.
     turn = _fields(turn, name, ("role", "content"))
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in roles:
-        raise _wrong_type(f"{name}.role", role, ", ".join(roles))
+        raise _wrong_type(f"{name}.role", role, f"one of {', '.join(roles)}")
     if isinstance(content, str):
         return Message(role, (_text(content, f"{name}.content"),), is_list=False)
     if not isinstance(content, list) or not content:
@@ -177,7 +178,7 @@ def _read_message(turn: Any, name: str, media: _Media, roles: Collection[str]) -
     if role != "user":
         for j, part in enumerate(parts):
             if not isinstance(part, TextPart):
-                raise invalid(f"{name}.content[{j}].type", content[j]["type"], f"text, as the role is {role}")
+                raise invalid(f"{name}.content[{j}].type", content[j]["type"], f"text in a message of role {role}")
     return Message(role, parts, is_list=True)
 
 
@@ -196,45 +197,49 @@ def _read_part(part: Any, name: str, media: _Media) -> Part:
         url = _fields(link, f"{name}.image_url", ("url", "detail")).get("url")
         if not isinstance(url, str):
             raise _wrong_type(f"{name}.image_url.url", url, "a data URL")
-        return ImagePart(decode_data_url(url, media.limits, f"{name}.image_url.url"), f"{name}.image_url.url")
+        where = f"{name}.image_url.url"
+        return ImagePart(decode_data_url(url, "image", media.limits.max_image_bytes, where), where)
     if kind == "audio":
         _fields(part, name, ("type",))
-        return media.take_sound()
+        return media.take_clip()
     if kind == "input_audio":
-        sound = _fields(part, name, ("type", "input_audio")).get("input_audio")
+        clip = _fields(part, name, ("type", "input_audio")).get("input_audio")
         where = f"{name}.input_audio.data"
-        data = _fields(sound, f"{name}.input_audio", ("data", "format")).get("data")  # the file says its format itself
+        data = _fields(clip, f"{name}.input_audio", ("data", "format")).get("data")  # the format is read from the file
         if not isinstance(data, str):
             raise _wrong_type(where, data, "a file in base64")
-        return AudioPart(decode_base64(data, media.audio.max_audio_bytes, where, "per audio file"), where)
+        return AudioPart(decode_base64(data, media.audio_limits.max_audio_bytes, where), where)
     if not isinstance(part, dict):
-        raise _wrong_type(name, part, f"an object with a type ({PART_TYPES})")
-    raise _wrong_type(f"{name}.type", kind, PART_TYPES)
+        raise _wrong_type(name, part, f"an object whose type is one of {PART_TYPES}")
+    raise _wrong_type(f"{name}.type", kind, f"one of {PART_TYPES}")
 
 
 def _text(text: str, name: str) -> TextPart:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RequestError(f"{name}: got half of a surrogate pair; allowed: text in whole characters") from None
+        raise invalid(name, Verbatim("half of a surrogate pair"), "valid Unicode text") from None
     return TextPart(text, name)
 
 
-def _fields(value: Any, name: str, allowed: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of an object that are not null; another field is refused by its name."""
+def _fields(value: Any, name: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of an object that are not null.
+
+    Raises:
+        RequestError: it is not an object, or has another field.
+    """
     if not isinstance(value, dict):
-        raise _wrong_type(name, value, f"an object with {', '.join(allowed)}")
+        raise _wrong_type(name, value, f"an object with {', '.join(known)}")
     fields = {key: field for key, field in value.items() if field is not None}
     for key in fields:
-        if key not in allowed:
-            raise RequestError(f"{name}: got the unknown field {key[:80]!r}; allowed: {', '.join(allowed)}")
+        if key not in known:
+            raise RequestError(f"{name}.{printable(key)} is not a known field (accepted: {', '.join(known)})")
     return fields
 
 
-def _wrong_type(name: str, value: Any, allowed: str) -> RequestError:
-    got: Any = value
+def _wrong_type(name: str, value: Any, accepted: str) -> RequestError:
     if value is None:
-        got = Exact("nothing")
-    elif isinstance(value, (dict, list)):
-        got = Exact(f"{'a' if value else 'an empty'} JSON {'object' if isinstance(value, dict) else 'list'}")
-    return invalid(name, got, allowed)
+        return RequestError(f"{name} is missing")
+    if isinstance(value, (dict, list)):
+        value = Verbatim(f"{'a' if value else 'an empty'} JSON {'object' if isinstance(value, dict) else 'list'}")
+    return invalid(name, value, accepted)

@@ -1,172 +1,121 @@
-"""Sampling options of one request: what they are called, which values they take, what is the default."""
+"""The options of a request, declared once each; see `autoglm.preprocess.options`."""
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from autoglm.errors import RequestError, invalid
+from autoglm.config import AudioMode, SparseMode
+from autoglm.kernels.sampling_metadata import Column
+from autoglm.preprocess.options import (
+    Boolean,
+    Choice,
+    Integer,
+    JsonText,
+    Number,
+    Strings,
+    TokenIds,
+    check_names,
+    option,
+    read_options,
+)
 from autoglm.preprocess.response_format import read_response_format
 
 DEFAULT_PRIORITY = 5
 LOWEST_PRIORITY = 10
-MAX_STOPS = 16
 MAX_LOGPROBS = 20
-LEAST_SPARSE_RATIO = 0.01
-
-# What preprocess reads of a request: how images are resized, how sound is heard.
-MEDIA_PARAMETERS = ("max_pixels", "min_pixels", "audio_mode")
-
-SparseMode = Literal["off", "topk", "pages", "snap", "prune"]
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Checked options. Temperature 0 is greedy; `top_k` 0 keeps all; `max_tokens` None takes the server's default.
+    """The checked options of one request that the language model uses."""
 
-    Penalties follow their usual definitions: frequency and presence count the answer's tokens, repetition the
-    prompt's too. `priority` 1 is the most urgent, 10 the least. `timeout_us` counts from the request's arrival.
-    `sparse_mode` and `sparse_ratio` None take the server's (see `autoglm.llm.sparse.policy`). `response_format` is what
-    `read_response_format` returns. `logprobs` is how many alternatives come with each token's log probability; None:
-    not even that.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    stream: bool = True
-    priority: int = DEFAULT_PRIORITY
-    timeout_us: int | None = None
-    sparse_mode: SparseMode | None = None
-    sparse_ratio: float | None = None
-    response_format: str | None = None
-    logprobs: int | None = None
+    max_tokens: int | None = option(
+        None, Integer(1, INT32_MAX), "Tokens of the answer at most. Default: engine.default_max_tokens"
+    )
+    temperature: float = option(0.0, Number(0, 10), "0 is greedy", column=Column.TEMPERATURE)
+    top_p: float = option(1.0, Number(0, 1, above=True), "Nucleus sampling", column=Column.TOP_P)
+    top_k: int = option(0, Integer(0, INT32_MAX), "Sample from the k most likely tokens; 0 is all", column=Column.TOP_K)
+    min_p: float = option(
+        0.0, Number(0, 1), "Drop tokens whose probability is below this share of the highest", column=Column.MIN_P
+    )
+    frequency_penalty: float = option(
+        0.0, Number(-2, 2), "Penalty for each occurrence in the answer", column=Column.FREQUENCY
+    )
+    presence_penalty: float = option(0.0, Number(-2, 2), "Penalty for occurring in the answer", column=Column.PRESENCE)
+    repetition_penalty: float = option(
+        1.0,
+        Number(0, 10, above=True),
+        "Factor for tokens of the prompt and the answer; 1 is none",
+        column=Column.REPETITION,
+    )
+    seed: int | None = option(None, Integer(0, INT64_MAX), "Default: random")
+    stop: tuple[str, ...] = option((), Strings(16), "Strings that end the answer; they are not part of it")
+    stop_token_ids: tuple[int, ...] = option((), TokenIds(), "Token ids that end the answer")
+    ignore_eos: bool = option(False, Boolean(), "Continue after end-of-turn tokens")
+    stream: bool = option(True, Boolean(), "Send tokens as they are generated; false: the whole answer at the end")
+    # The alias is for gRPC, where Triton uses a parameter named `priority` for its own scheduler. 0 means "not set".
+    priority: int = option(
+        DEFAULT_PRIORITY,
+        Integer(0, LOWEST_PRIORITY),
+        "1 is the most urgent, 10 the least urgent; 0 is the default",
+        aliases=("request_priority",),
+    )
+    timeout_us: int | None = option(
+        None, Integer(1, INT64_MAX), "Microseconds for the whole answer, from its arrival", name="timeout"
+    )
+    sparse_mode: SparseMode | None = option(
+        None, Choice(get_args(SparseMode)), "See docs/sparse-attention.md. Default: sparse_attention.mode"
+    )
+    sparse_ratio: float | None = option(
+        None, Number(0.01, 1), "Share of the visual keys to keep. Default: sparse_attention.ratio"
+    )
+    response_format: str | None = option(
+        None, JsonText(read_response_format), "JSON object as text; see structured output"
+    )
+    logprobs: int | None = option(
+        None, Integer(0, MAX_LOGPROBS), "Return the log probability of each token and of this many alternatives"
+    )
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> "SamplingParams":
         """Check a request's parameters.
 
         Args:
-            parameters: as they came, by name. None counts as absent; those of MEDIA_PARAMETERS are passed over.
-            defaults: the checkpoint's generation_config.json; its sampling values hold if it asks for sampling.
+            parameters: by name; None counts as absent. Those of `MediaOptions` are ignored.
+            defaults: the checkpoint's generation_config.json; its sampling values apply if it enables sampling.
 
         Raises:
-            RequestError: an unknown name, a wrong type or a value out of range.
+            RequestError: a name is unknown, or a value has the wrong type or is out of range.
         """
+        check_names(parameters, cls, MediaOptions)
         values: dict[str, Any] = {}
         if defaults.get("do_sample"):
             values = {key: defaults[key] for key in ("temperature", "top_p", "top_k") if defaults.get(key) is not None}
         if defaults.get("repetition_penalty") is not None:
             values["repetition_penalty"] = defaults["repetition_penalty"]
-        for name, value in parameters.items():
-            if name in MEDIA_PARAMETERS:
-                continue
-            if name not in CHECKS:
-                allowed = ", ".join((*CHECKS, *MEDIA_PARAMETERS))
-                raise RequestError(f"parameter {name!r} is unknown, allowed are {allowed}")
-            if value is None:
-                continue
-            values[FIELDS.get(name, name)] = CHECKS[name](name, value)
+        values |= dict(read_options(cls, parameters))
+        values["priority"] = values.get("priority") or DEFAULT_PRIORITY
         return cls(**values)
 
 
-def _integer(low: int, high: int) -> Callable[[str, Any], int]:
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise invalid(name, value, f"an integer from {low} to {high}")
-        return value
+@dataclass(frozen=True)
+class MediaOptions:
+    """The options of one request that preprocessing uses: the size of images and the mode of audio."""
 
-    return check
+    max_pixels: int | None = option(
+        None, Integer(1, INT64_MAX), "Largest image after resizing, as 2 x height x width; at most the server's"
+    )
+    min_pixels: int | None = option(None, Integer(1, INT64_MAX), "Smallest image after resizing, as 2 x height x width")
+    audio_mode: AudioMode | None = option(
+        None, Choice(get_args(AudioMode)), "transcript: audio becomes text; bridge: embeddings. Default: audio.mode"
+    )
 
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> "MediaOptions":
+        """Check a request's parameters; those of `SamplingParams` are ignored.
 
-def _number(low: float, high: float, above: bool = False) -> Callable[[str, Any], float]:
-    allowed = f"a number {'above' if above else 'from'} {low} {'up ' if above else ''}to {high}"
-
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise invalid(name, value, allowed)
-        if not low <= value <= high or (above and value == low):
-            raise invalid(name, value, allowed)
-        return float(value)
-
-    return check
-
-
-def _priority(name: str, value: Any) -> int:
-    """Triton's 0 stands for no choice."""
-    return _integer(0, LOWEST_PRIORITY)(name, value) or DEFAULT_PRIORITY
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise invalid(name, value, "true or false")
-    return value
-
-
-def _sparse_mode(name: str, value: Any) -> SparseMode:
-    allowed = get_args(SparseMode)
-    if value not in allowed:
-        raise invalid(name, value, f"one of {', '.join(allowed)}")
-    return value  # type: ignore[no-any-return]
-
-
-def _stops(name: str, value: Any) -> tuple[str, ...]:
-    """A string, or a list of strings; Triton's parameters cannot hold lists, so a list also comes as JSON text."""
-    stops = _parse_list(value)
-    stops = [value] if stops is None else stops
-    if not all(isinstance(stop, str) and stop for stop in stops) or len(stops) > MAX_STOPS:
-        raise invalid(name, value, f"a non-empty string or a JSON list of at most {MAX_STOPS} of them")
-    return tuple(stops)
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = [value] if type(value) is int else _parse_list(value)
-    if ids is None or not all(type(i) is int and i >= 0 for i in ids):
-        raise invalid(name, value, "a JSON list of token ids such as [1,2]")
-    return tuple(ids)
-
-
-def _parse_list(value: Any) -> list[Any] | None:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, list) else None
-
-
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "max_tokens": _integer(1, 2**31 - 1),
-    "temperature": _number(0.0, 10.0),
-    "top_p": _number(0.0, 1.0, above=True),
-    "top_k": _integer(0, 2**31 - 1),
-    "min_p": _number(0.0, 1.0),
-    "frequency_penalty": _number(-2.0, 2.0),
-    "presence_penalty": _number(-2.0, 2.0),
-    "repetition_penalty": _number(0.0, 10.0, above=True),
-    "seed": _integer(0, 2**63 - 1),
-    "stop": _stops,
-    "stop_token_ids": _token_ids,
-    "ignore_eos": _boolean,
-    "stream": _boolean,
-    "priority": _priority,
-    "request_priority": _priority,
-    "timeout": _integer(1, 2**63 - 1),
-    "sparse_mode": _sparse_mode,
-    "sparse_ratio": _number(LEAST_SPARSE_RATIO, 1.0),
-    "response_format": read_response_format,
-    "logprobs": _integer(0, MAX_LOGPROBS),
-}
-
-# Over gRPC Triton takes a parameter called `priority` for its own scheduler and hides it: hence the second name.
-FIELDS = {"request_priority": "priority", "timeout": "timeout_us"}
+        Raises:
+            RequestError: a value has the wrong type or is out of range.
+        """
+        return cls(**dict(read_options(cls, parameters)))

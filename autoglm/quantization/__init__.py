@@ -1,1 +1,1 @@
-"""INT8: weights, how they are made, and what they cost."""
+"""Weight formats and linear layers in INT8."""

@@ -1,7 +1,7 @@
-"""bitsandbytes' INT8: its checkpoints, and its linear layers as the reference that ours are compared with.
+"""bitsandbytes' INT8 checkpoints, and its linear layers as a reference for comparison.
 
-Beside an int8 `weight` [out, in] a checkpoint has `SCB`, fp32 [out], each row's largest magnitude, and sometimes
-`weight_format`, how the rows lie: 0 is one after another (bitsandbytes/nn/modules.py, Linear8bitLt).
+In addition to an int8 `weight` [out, in] a checkpoint has `SCB`, fp32 [out], the largest magnitude of each row, and
+optionally `weight_format`, the memory layout: 0 is row-major (bitsandbytes/nn/modules.py, Linear8bitLt).
 """
 
 import logging
@@ -24,24 +24,24 @@ ROW_MAJOR = 0
 def read_int8(
     values: torch.Tensor, name: str, names: Collection[str], read: Callable[[str], torch.Tensor]
 ) -> Int8Weight:
-    """The weight whose int8 tensor is called `name`; `read` gives what lies beside it.
+    """Combine the int8 tensor `name` with its companions, which `read` returns.
 
     Raises:
-        CheckpointError: its scales are missing, or its rows are laid out for an old GPU.
+        CheckpointError: the scales are missing, or the layout is not row-major.
     """
     scales, layout = (name.removesuffix(".weight") + companion for companion in COMPANIONS)
     if scales not in names:
-        raise CheckpointError(f"tensor {name} is int8, but {scales} is not beside it")
+        raise CheckpointError(f"tensor {scales}, the scales of the int8 tensor {name}, is missing")
     code = int(read(layout)) if layout in names else ROW_MAJOR
     if code != ROW_MAJOR:
         raise CheckpointError(
-            f"tensor {layout} is {code}, supported is {ROW_MAJOR} (rows): save the checkpoint with a newer bitsandbytes"
+            f"tensor {layout} must be {ROW_MAJOR}, row-major (got {code}); newer versions of bitsandbytes save that"
         )
     return Int8Weight(values, read(scales).float().unsqueeze(1) / 127)
 
 
 class BitsandbytesLinear(nn.Module):
-    """An INT8 layer that bitsandbytes computes; its bias is added in there."""
+    """An INT8 layer computed by bitsandbytes, bias included."""
 
     bias = None
 
@@ -63,7 +63,7 @@ class BitsandbytesLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, threshold: float) -> None:
-    """Let bitsandbytes compute every `Int8Linear` of a model that is loaded."""
+    """Replace every `Int8Linear` of a loaded model by a `BitsandbytesLinear`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Int8Linear):
@@ -71,22 +71,21 @@ def replace_linears(model: nn.Module, threshold: float) -> None:
 
 
 def import_library(device: torch.device) -> Any:
-    """The package bitsandbytes, if it is there and computes on `device`.
+    """Import bitsandbytes.
 
     Raises:
-        ConfigError: it is not, or does not.
+        ConfigError: it is not installed, or does not support `device`.
     """
     try:
         library = import_module("bitsandbytes")
     except ImportError as error:
-        raise ConfigError(
-            f"quantization.backend is bitsandbytes, which cannot be imported ({error}): pip install bitsandbytes"
-        ) from None
+        message = "quantization.backend must be native unless the package bitsandbytes can be imported"
+        raise ConfigError(f"{message}; pip install bitsandbytes") from error
     if device.type not in library.supported_torch_devices:
         raise ConfigError(
-            f"quantization.backend is bitsandbytes, which does not compute on {device.type}, "
-            f"but on {', '.join(sorted(library.supported_torch_devices))}"
+            f"quantization.backend bitsandbytes supports {', '.join(sorted(library.supported_torch_devices))}, "
+            f"not {device.type}"
         )
-    # It casts its inputs to float16, and says so at every call.
+    # It casts its inputs to float16 and warns about that at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library

@@ -1,17 +1,17 @@
-"""A weight in INT8, and how it is made from a float one."""
+"""INT8 weights, and the quantisation of float weights to INT8."""
 
 from dataclasses import dataclass
 
 import torch
 
-GROUP = 128  # inputs that share a scale where a weight is quantised in groups
-BLOCK = 2**24  # elements that are quantised at once: 64 MiB in fp32
+GROUP = 128  # inputs that share a scale in a grouped weight
+BLOCK = 2**24  # elements quantised at once: 64 MiB in fp32
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """W[n, k] = values[n, k] * scales[n, g] + offsets[n, g], where g = k // GROUP, or 0 for one scale a row.
+    """W[n, k] = values[n, k] * scales[n, g] + offsets[n, g], with g = k // GROUP, or g = 0 for one scale per row.
 
     values int8 [N, K]; scales fp32 [N, G]; offsets fp32 [N, G], None for a symmetric weight.
     """
@@ -29,7 +29,7 @@ class Int8Weight:
         return self.scales.shape[1]
 
     def rows(self, part: slice) -> "Int8Weight":
-        """Some of the rows, in the same memory."""
+        """A view of some rows."""
         return Int8Weight(self.values[part], self.scales[part], None if self.offsets is None else self.offsets[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Int8Weight:
 
 
 def empty(rows: int, columns: int, *, symmetric: bool, grouped: bool, device: torch.device | None = None) -> Int8Weight:
-    """A weight whose memory is not filled yet."""
+    """An uninitialised weight."""
     groups = -(-columns // GROUP) if grouped else 1
     scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
     values = torch.empty(rows, columns, dtype=torch.int8, device=device)
@@ -51,18 +51,18 @@ def empty(rows: int, columns: int, *, symmetric: bool, grouped: bool, device: to
 
 
 def quantize(weight: torch.Tensor, symmetric: bool = True, grouped: bool = False) -> Int8Weight:
-    """Round a float weight [N, K] to 8 bits, by the largest magnitude (symmetric) or the range of each row or group.
+    """Quantise a float weight [N, K] by the largest magnitude (symmetric) or the range of each row or group.
 
-    Computed in fp32, some rows at a time. Where a row or group is constant the scale is tiny, never 0.
+    Computed in fp32, a block of rows at a time. The scale of a constant row or group is tiny, never 0.
     """
     rows, columns = weight.shape
-    made = empty(rows, columns, symmetric=symmetric, grouped=grouped, device=weight.device)
-    quantize_into(made, weight)
-    return made
+    quantized = empty(rows, columns, symmetric=symmetric, grouped=grouped, device=weight.device)
+    quantize_into(quantized, weight)
+    return quantized
 
 
 def quantize_into(target: Int8Weight, weight: torch.Tensor) -> None:
-    """As `quantize`, into memory that is there; `target` says whether symmetric and whether in groups."""
+    """`quantize` into existing memory, in the format of `target`."""
     rows = max(1, BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
@@ -70,7 +70,8 @@ def quantize_into(target: Int8Weight, weight: torch.Tensor) -> None:
 
 
 def copy_weight(target: torch.Tensor | Int8Weight, source: torch.Tensor | Int8Weight) -> None:
-    """Copy a weight of the same shape, converting between float and INT8; INT8 of the same kind is copied exactly."""
+    """Copy a weight of the same shape, converting between formats. Symmetric INT8 with one scale per row is copied
+    exactly."""
     if isinstance(target, torch.Tensor):
         target.copy_(source if isinstance(source, torch.Tensor) else source.dequantize(target.dtype))
     elif isinstance(source, torch.Tensor):
@@ -86,9 +87,9 @@ def _quantize_rows(target: Int8Weight, weight: torch.Tensor) -> None:
     rows, columns = weight.shape
     size = columns if target.groups == 1 else GROUP
     wide = weight.float()
-    if lacking := target.groups * size - columns:
-        # Copies of the last column fill up the last group: they change neither its range nor its magnitude.
-        wide = torch.cat((wide, wide[:, -1:].expand(-1, lacking)), dim=1)
+    if padding := target.groups * size - columns:
+        # Pad the last group with copies of the last column, which change neither its range nor its magnitude.
+        wide = torch.cat((wide, wide[:, -1:].expand(-1, padding)), dim=1)
     wide = wide.view(rows, target.groups, size)
     if target.offsets is None:
         scales = (wide.abs().amax(-1) / 127).clamp_min(SMALLEST)

@@ -1,6 +1,4 @@
-"""Linear layers, in float or INT8. Each knows the checkpoint tensors that its weight is made of."""
-
-from __future__ import annotations
+"""Linear layers in float and INT8. Each maps its weight to the checkpoint's tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,10 +24,10 @@ class ExternalLinear:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose weight may be several of the checkpoint's, stacked along the outputs.
+    """`nn.Linear` whose weight may be several of the checkpoint's layers, stacked along the outputs.
 
-    parts: the checkpoint's names of these layers and their numbers of outputs, in order; empty for a layer that the
-        checkpoint has under its own name.
+    Args:
+        parts: the checkpoint's names of these layers and their numbers of outputs, in order; empty for a single layer.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, parts: Mapping[str, int] | None = None) -> None:
@@ -37,19 +35,18 @@ class Linear(nn.Linear):
         self.parts = dict(parts or {})
 
     def checkpoint_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors of this layer, called `name` in its parent: their names there and the memory that
-        holds them."""
+        """The checkpoint's tensors of this layer, named `name` in its parent: their names and views of their memory."""
         return _split(name, self.parts, self.weight.data, self.bias)
 
-    def to_int8(self, *, symmetric: bool, grouped: bool) -> Int8Linear:
-        """An INT8 layer of the same shape, not filled."""
+    def to_int8(self, *, symmetric: bool, grouped: bool) -> "Int8Linear":
+        """An uninitialised INT8 layer of the same shape."""
         return Int8Linear(self, symmetric=symmetric, grouped=grouped)
 
 
 class Int8Linear(nn.Module):
-    """Takes the place of a `Linear`. The kernels compute with `weight` and `bias`; the module itself does not.
+    """Replaces a `Linear`. It has no `forward`: the kernels compute with `weight` and `bias`.
 
-    Casting the module (`.to(dtype)`) would cast its scales: create it after the model has its dtype.
+    Casting the module (`.to(dtype)`) would cast its scales, so create it after the model has its dtype.
     """
 
     values: torch.Tensor

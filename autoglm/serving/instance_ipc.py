@@ -1,4 +1,4 @@
-"""What instances of one model tell each other: Triton gives a request to any of them, and each is a process."""
+"""Messages between the instances of one model: Triton routes requests to any instance; each is a process."""
 
 import logging
 import os
@@ -11,19 +11,22 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOCKETS = Path("/proc/net/unix")
-SECONDS = 0.1  # that a sibling has to answer
-LONGEST = 65536  # bytes of a message
+UNIX_SOCKETS = Path("/proc/net/unix")
+TIMEOUT_S = 0.1  # for an instance to answer
+MAX_BYTES = 65536  # of a message
 CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
-class Siblings:
-    """The other instances of a model in the same server, reached through Linux's abstract sockets: these have no file
-    that a process which is killed would leave behind. Only processes of the same user are listened to."""
+class InstanceIPC:
+    """The other instances of a model in the same server, reached through Linux's abstract sockets.
+
+    Abstract sockets have no file that a killed process would leave behind. Only peers of the same user are accepted.
+    """
 
     def __init__(self, model: str, instance: str, handle: Callable[[str], bool]) -> None:
-        """Args:
-        handle: does what another instance asks; whether it could. Called in a thread of this object.
+        """
+        Args:
+            handle: handles a message of another instance, in a thread of this object; returns whether it succeeded.
         """
         # The instances' processes are children of one server.
         self._prefix = f"autoglm/{os.getppid()}/{model}/"
@@ -32,44 +35,46 @@ class Siblings:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(f"\0{self._name}")
         self._socket.listen()
-        threading.Thread(target=self._work, name="siblings", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="instance-ipc", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)  # which ends the thread
+        self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread
+        self._thread.join()  # its accept() would keep the name in use
         self._socket.close()
 
-    def ask(self, message: str) -> bool:
-        """Ask all of them; whether at least one could do it."""
-        return sum(self._ask(name, message) for name in self._others()) > 0
+    def broadcast(self, message: str) -> bool:
+        """Send a message to all other instances; returns whether at least one handled it."""
+        return sum(self._send(name, message) for name in self._others()) > 0
 
     def _others(self) -> set[str]:
-        names = {line.rpartition(" @")[2] for line in SOCKETS.read_text().splitlines()}
+        names = {line.rpartition(" @")[2] for line in UNIX_SOCKETS.read_text().splitlines()}
         return {name for name in names if name.startswith(self._prefix) and name != self._name}
 
-    def _ask(self, name: str, message: str) -> bool:
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
-            other.settimeout(SECONDS)
-            other.connect(f"\0{name}")
-            if _user(other) == os.getuid():
-                other.send(message.encode())
-                return other.recv(1) == b"1"
+    def _send(self, name: str, message: str) -> bool:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+            peer.settimeout(TIMEOUT_S)
+            peer.connect(f"\0{name}")
+            if _user_id(peer) == os.getuid():
+                peer.send(message.encode())
+                return peer.recv(1) == b"1"
         return False
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
-                other, _ = self._socket.accept()
+                peer, _ = self._socket.accept()
             except OSError:  # closed
                 return
-            with other:
+            with peer:
                 try:
-                    other.settimeout(SECONDS)
-                    if _user(other) == os.getuid():
-                        other.send(b"1" if self._handle(other.recv(LONGEST).decode()) else b"0")
+                    peer.settimeout(TIMEOUT_S)
+                    if _user_id(peer) == os.getuid():
+                        peer.send(b"1" if self._handle(peer.recv(MAX_BYTES).decode()) else b"0")
                 except Exception as error:
-                    log.warning("an instance could not be answered: %s", error)
+                    log.warning("a message of another instance could not be handled: %s", error)
 
 
-def _user(other: socket.socket) -> int:
-    _, uid, _ = CREDENTIALS.unpack(other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+def _user_id(peer: socket.socket) -> int:
+    _, uid, _ = CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     return int(uid)

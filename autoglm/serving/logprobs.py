@@ -1,4 +1,4 @@
-"""Log probabilities on their way out: the items of OpenAI's `logprobs.content`, as JSON."""
+"""Log probabilities as JSON, in the form of OpenAI's `logprobs.content`."""
 
 import json
 from collections.abc import Sequence
@@ -7,21 +7,21 @@ from typing import Any
 from autoglm.llm.sequence import TokenLogprob
 from autoglm.preprocess.tokenizer import Vocabulary
 
-IMPOSSIBLE = -9999.0  # stands for minus infinity, which JSON has no number for: OpenAI's value
+MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot represent
 
 
-class LogprobWriter:
-    """Spells tokens with a checkpoint's vocabulary, a byte-level one.
+class LogprobFormatter:
+    """Spells tokens with a checkpoint's byte-level vocabulary.
 
-    `bytes` are a token's share of the answer's text, in UTF-8; null for a token that never shows in it, such as the
-    one that ends it. `token` is the same as text, with `\\xe8` for a byte of a character that is cut in two.
+    `bytes` are a token's part of the answer's text in UTF-8; null for a token that is not part of it, such as the one
+    that ends it. `token` is the same as text, with `\\xe8` for a byte of an incomplete character.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
 
-    def write(self, logprobs: Sequence[TokenLogprob]) -> str:
-        """The JSON list of what `logprobs` say; empty text where there are none."""
+    def format(self, logprobs: Sequence[TokenLogprob]) -> str:
+        """A JSON list with an item for each token; an empty string for none."""
         if not logprobs:
             return ""
         items = [
@@ -31,7 +31,7 @@ class LogprobWriter:
         return json.dumps(items, ensure_ascii=False, separators=(",", ":"))
 
     def _item(self, token_id: int, logprob: float) -> dict[str, Any]:
-        logprob = round(logprob, 6) if logprob > IMPOSSIBLE else IMPOSSIBLE
+        logprob = round(logprob, 6) if logprob > MIN_LOGPROB else MIN_LOGPROB
         return {**self._spell(token_id), "logprob": logprob}
 
     def _spell(self, token_id: int) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class LogprobWriter:
 
 
 def token_bytes(token: str) -> bytes:
-    """What a byte-level tokenizer's token stands for. One with a character outside of its alphabet stands for itself,
-    as in tokenizers' own decoder."""
+    """The bytes of a byte-level token. A token with a character outside the alphabet is used as is, as in
+    tokenizers' own decoder."""
     try:
         return bytes(_BYTES[character] for character in token)
     except KeyError:
@@ -52,7 +52,7 @@ def token_bytes(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes of Latin-1 are themselves, the others characters from 256 on, in order."""
+    """GPT-2's alphabet: printable Latin-1 bytes map to themselves, the others to the characters from 256, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,7 +1,7 @@
-"""Counters and gauges of the engine and of the encoders' caches as Triton metrics.
+"""Statistics of the engine and of the encoders' caches as Triton metrics.
 
-Triton's metric objects are not safe to share between threads (two at once can hang or kill the whole server), and a bad
-name can abort it. So every name is fixed here, and only the thread of `Publisher` touches the objects.
+Triton's metric objects are not thread safe (concurrent use can hang or kill the server), and an invalid name can abort
+it. So all names are constants here, and only the thread of `MetricsPublisher` uses the objects.
 """
 
 import re
@@ -10,42 +10,42 @@ from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "autoglm_"
-INTERVAL = 0.5  # seconds between two updates
+UPDATE_INTERVAL_S = 0.5
 
-# Field of EngineStats -> (name, help); the end of the name says which kind it is.
+# Field of EngineStats -> (name, help). A name that ends in _total is a counter, any other a gauge.
 ENGINE = {
-    "requests": ("requests_total", "Requests taken in by the engine"),
-    "prompt_tokens": ("prompt_tokens_total", "Tokens of prompts, cached ones included"),
-    "cached_tokens": ("prefix_cache_hit_tokens_total", "Tokens of prompts that the prefix cache already held"),
-    "generated_tokens": ("generated_tokens_total", "Tokens sampled"),
+    "requests": ("requests_total", "Requests accepted by the engine"),
+    "prompt_tokens": ("prompt_tokens_total", "Prompt tokens, including cached ones"),
+    "cached_tokens": ("prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"),
+    "generated_tokens": ("generated_tokens_total", "Generated tokens"),
     "steps": ("steps_total", "Forward passes of the language model"),
-    "running": ("requests_running", "Requests in the current batch"),
-    "waiting": ("requests_waiting", "Requests that wait for room"),
-    "blocks_total": ("kv_blocks", "Blocks of the KV cache"),
-    "blocks_held": ("kv_blocks_held", "Blocks that running requests hold"),
-    "blocks_cached": ("kv_blocks_cached", "Blocks that nobody holds and whose content is kept"),
+    "running": ("requests_running", "Requests in the running batch"),
+    "waiting": ("requests_waiting", "Requests waiting to be scheduled"),
+    "blocks_total": ("kv_blocks", "KV blocks"),
+    "blocks_held": ("kv_blocks_held", "KV blocks referenced by running requests"),
+    "blocks_cached": ("kv_blocks_cached", "Evictable cached KV blocks"),
 }
-# The same for CacheStats.
+# Field of CacheStats, likewise.
 VISION_CACHE = {
-    "hits": ("vision_cache_hits_total", "Images whose embeddings were known, or were being made for another request"),
-    "misses": ("vision_cache_misses_total", "Images that were encoded"),
-    "evictions": ("vision_cache_evictions_total", "Embeddings dropped because the cache was full"),
-    "entries": ("vision_cache_entries", "Images whose embeddings are kept"),
-    "bytes": ("vision_cache_bytes", "Memory of the device that they take"),
-    "host_bytes": ("vision_cache_host_bytes", "Pinned host memory that they take"),
+    "hits": ("vision_cache_hits_total", "Image cache hits, including requests that joined an encoding in progress"),
+    "misses": ("vision_cache_misses_total", "Images encoded"),
+    "evictions": ("vision_cache_evictions_total", "Images evicted from the cache"),
+    "entries": ("vision_cache_entries", "Images in the cache"),
+    "bytes": ("vision_cache_bytes", "Device memory used by the cache"),
+    "host_bytes": ("vision_cache_host_bytes", "Pinned host memory used by the cache"),
 }
 AUDIO_CACHE = {
-    "hits": ("audio_cache_hits_total", "Clips whose embeddings or transcripts were known, or were just being made"),
-    "misses": ("audio_cache_misses_total", "Clips that were encoded"),
-    "evictions": ("audio_cache_evictions_total", "Embeddings and transcripts dropped because the cache was full"),
-    "entries": ("audio_cache_entries", "Clips whose embeddings or transcripts are kept"),
-    "bytes": ("audio_cache_bytes", "Memory that they take"),
+    "hits": ("audio_cache_hits_total", "Clip cache hits, including requests that joined an encoding in progress"),
+    "misses": ("audio_cache_misses_total", "Clips encoded"),
+    "evictions": ("audio_cache_evictions_total", "Clips evicted from the cache"),
+    "entries": ("audio_cache_entries", "Clips in the cache"),
+    "bytes": ("audio_cache_bytes", "Memory used by the cache"),
 }
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class Publisher:
-    """Copies statistics into Triton's metrics, from one thread of its own."""
+class MetricsPublisher:
+    """Copies statistics to Triton's metrics periodically, in a separate thread."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class Publisher:
     ) -> None:
         """
         Args:
-            stats: its attributes are the numbers, which other threads go on changing.
+            stats: its attributes are the values; other threads update them.
             families: (name, help) by attribute of `stats`.
-            labels: tell apart what several processes publish under one name.
+            labels: distinguish the processes that publish the same names.
         """
         self._stats = stats
         self._families = families
-        self._shown: dict[str, float] = dict.fromkeys(families, 0)
+        self._published: dict[str, float] = dict.fromkeys(families, 0)
         self._metrics: dict[str, Any] = {}
         for field, (name, text) in families.items():
             if not NAME.fullmatch(name):
@@ -71,25 +71,25 @@ class Publisher:
             family = pb_utils.MetricFamily(name=PREFIX + name, description=text, kind=kind)
             self._metrics[field] = (family, family.Metric(labels=dict(labels or {})))
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._stopped.set()
         self._thread.join()
 
-    def _work(self) -> None:
-        while not self._stopped.wait(INTERVAL):
+    def _run(self) -> None:
+        while not self._stopped.wait(UPDATE_INTERVAL_S):
             self._update()
 
     def _update(self) -> None:
         for field, (name, _) in self._families.items():
             value = getattr(self._stats, field)
-            if value == self._shown[field]:
+            if value == self._published[field]:
                 continue
             _, metric = self._metrics[field]
             if name.endswith("_total"):
-                metric.increment(value - self._shown[field])
+                metric.increment(value - self._published[field])
             else:
                 metric.set(value)
-            self._shown[field] = value
+            self._published[field] = value

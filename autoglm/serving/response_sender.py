@@ -1,7 +1,7 @@
-"""The thread through which every answer leaves the language model's process.
+"""The thread that sends the language model's answers to Triton.
 
-Sending costs per response, not per token, and may wait: the engine's thread only queues. What piled up for one request
-since its last response goes out as one.
+A send costs time per response, not per token, and may block, so the engine's thread only queues outputs. Outputs of one
+request that queued up since its last response are sent as one.
 """
 
 import json
@@ -17,12 +17,12 @@ import numpy as np
 
 from autoglm.llm.sequence import Output, Sink
 from autoglm.preprocess.tokenizer import Vocabulary
-from autoglm.serving.logprobs import LogprobWriter
+from autoglm.serving.logprobs import LogprobFormatter
 from autoglm.serving.triton_server import error_response
 
 log = logging.getLogger(__name__)
 
-CANCEL_POLL = 0.1  # seconds between two looks at whether callers are still there
+CANCEL_POLL_S = 0.1  # between checks whether callers have cancelled
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,39 @@ class _Stream:
     on_end: Callable[[], None]
 
 
-class Responder:
-    """Sends outputs to Triton's response senders, and tells who has hung up."""
+class ResponseSender:
+    """Sends outputs through Triton's response senders, and reports cancelled requests."""
 
     def __init__(self, pb_utils: Any, vocabulary: Vocabulary) -> None:
         self._pb_utils = pb_utils
-        self._logprobs = LogprobWriter(vocabulary)
+        self._logprobs = LogprobFormatter(vocabulary)
         self._queue: queue.SimpleQueue[tuple[_Stream, Output] | _Stream | None] = queue.SimpleQueue()
         self._open: set[_Stream] = set()
         self._next_poll = 0.0
-        self._thread = threading.Thread(target=self._work, name="responder", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="response-sender", daemon=True)
         self._thread.start()
 
     def open(self, sender: Any, on_cancelled: Callable[[], None], on_end: Callable[[], None]) -> Sink:
-        """A sink for one request's outputs.
+        """A sink for the outputs of one request.
 
         Args:
-            on_cancelled: called (perhaps more than once) when the caller has gone; the last output is still due.
-            on_end: called after the last output is sent. Both are called by the responder's thread.
+            on_cancelled: called, perhaps repeatedly, when the caller has cancelled; the last output is still required.
+            on_end: called after the last output is sent. Both are called in the sender's thread.
         """
         stream = _Stream(sender, on_cancelled, on_end)
         self._queue.put(stream)
         return lambda output: self._queue.put((stream, output))
 
     def close(self) -> None:
-        """Send what is queued and end the thread."""
+        """Send what is queued and stop the thread."""
         self._queue.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         closing = False
         while not closing:
-            pieces: dict[_Stream, Output] = {}
-            timeout = CANCEL_POLL if self._open else None
+            pending: dict[_Stream, Output] = {}
+            timeout = CANCEL_POLL_S if self._open else None
             try:
                 item = self._queue.get(timeout=timeout)
                 while True:
@@ -74,11 +74,11 @@ class Responder:
                         self._open.add(item)
                     else:
                         stream, output = item
-                        pieces[stream] = merge(pieces[stream], output) if stream in pieces else output
+                        pending[stream] = merge(pending[stream], output) if stream in pending else output
                     item = self._queue.get_nowait()
             except queue.Empty:
                 pass
-            for stream, output in pieces.items():
+            for stream, output in pending.items():
                 self._send(stream, output)
             self._poll()
 
@@ -103,7 +103,7 @@ class Responder:
         return [
             tensor("TEXT", np.array([output.text.encode()], np.object_)),
             tensor("TOKEN_IDS", np.array(output.token_ids, np.int32)),
-            tensor("LOGPROBS", np.array([self._logprobs.write(output.logprobs).encode()], np.object_)),
+            tensor("LOGPROBS", np.array([self._logprobs.format(output.logprobs).encode()], np.object_)),
             tensor("TRANSCRIPTS", np.array([text.encode() for text in output.transcripts], np.object_)),
             tensor("FINISH_REASON", np.array([(output.finish_reason or "").encode()], np.object_)),
             tensor("USAGE", np.array([usage.encode()], np.object_)),
@@ -112,23 +112,23 @@ class Responder:
     def _poll(self) -> None:
         now = time.monotonic()
         if now >= self._next_poll:
-            self._next_poll = now + CANCEL_POLL
+            self._next_poll = now + CANCEL_POLL_S
             for stream in self._open:
                 if stream.sender.is_cancelled():
                     stream.on_cancelled()
 
 
 def merge(first: Output, second: Output) -> Output:
-    """Two outputs of one request as one. An error takes the place of what came before it."""
+    """Two outputs of one request as one. An error replaces the output before it."""
     if second.error is not None:
         return second
     return Output(
-        first.text + second.text,
-        first.token_ids + second.token_ids,
-        first.logprobs + second.logprobs,
-        first.transcripts + second.transcripts,
-        second.finish_reason,
-        second.usage,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
+        transcripts=first.transcripts + second.transcripts,
+        finish_reason=second.finish_reason,
+        usage=second.usage,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the adapters under model_repository/ share: reading Triton requests and answering with errors.
+"""Functions shared by the adapters in model_repository/: reading requests, error responses, logging.
 
 `triton_python_backend_utils` exists only inside the server, so the adapters pass it in as `pb_utils`.
 """
@@ -15,29 +15,26 @@ from autoglm.errors import ErrorCode, RequestError
 
 
 def read_parameters(request: Any) -> dict[str, Any]:
-    """The parameters of a request by name. A number may be NaN or infinite: who reads it checks."""
+    """The parameters of a request by name. Values are not checked: a number may be NaN or infinite."""
     parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
     return parameters
 
 
 def error_response(pb_utils: Any, error: Exception) -> Any:
-    """The response that answers one request with `error`.
+    """The response to one request that failed with `error`.
 
-    A RequestError keeps its message and code. Anything else is a fault of the server: the traceback goes to the log,
-    and the caller learns the kind of error only. The code stands before the message too, because a gRPC stream carries
-    an error's text alone.
+    A RequestError keeps its message and code. For any other error the traceback is logged, and the caller gets its type
+    only. The message begins with the code too, because a gRPC stream transmits the text alone.
     """
     if not isinstance(error, RequestError):
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
-        error = RequestError(
-            f"internal error ({type(error).__name__}); the server's log has the details", ErrorCode.INTERNAL
-        )
+        error = RequestError(f"internal error ({type(error).__name__}); see the server's log", ErrorCode.INTERNAL)
     code = getattr(pb_utils.TritonError, error.code.triton_name)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{error.code.value}: {error.message}", code))
 
 
 def string_row(elements: Sequence[bytes]) -> Any:
-    """[1, n] array of bytes objects (numpy's own bytes type would cut trailing zero bytes)."""
+    """A [1, n] array of bytes objects (numpy's bytes type would strip trailing zero bytes)."""
     row = np.empty((1, len(elements)), np.object_)
     row[0, :] = elements
     return row
@@ -59,7 +56,7 @@ class _TritonHandler(logging.Handler):
 
 
 def log_to_triton(pb_utils: Any) -> None:
-    """Send this process's log to the server's."""
+    """Send this process's log to Triton's."""
     root = logging.getLogger("autoglm")
     root.setLevel(logging.INFO)
     root.handlers = [_TritonHandler(pb_utils)]

@@ -1,1 +1,1 @@
-"""From image files to the embeddings that the language model reads."""
+"""From image files to embeddings for the language model."""

@@ -1,6 +1,4 @@
-"""The vision encoder as a server needs it: image files of many requests in, their embeddings out."""
-
-from __future__ import annotations
+"""The vision encoder: image files of many requests in, their embeddings out."""
 
 import io
 import logging
@@ -16,7 +14,7 @@ from PIL import Image
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import LimitsConfig, VisionSection
-from autoglm.device import beside
+from autoglm.device import run_on_side_stream
 from autoglm.errors import RequestError
 from autoglm.kernels import get_kernels
 from autoglm.media.encoder import FEATURE_DTYPE, MediaEncoder
@@ -27,19 +25,18 @@ from autoglm.vision.image_processor import check_grid, device_patches, grid_of, 
 from autoglm.vision.loader import cache_key, load
 from autoglm.vision.pixel_limits import server_limits
 from autoglm.vision.png import read_scanlines
-from autoglm.vision.vit import VisionTransformer
 from autoglm.weights.cache import WeightCache
 
 log = logging.getLogger(__name__)
 
 MIB = 2**20
-# Larger images are resized on the host. They would be uploaded from pinned memory, which torch never gives back.
+# Larger images are resized on the host: uploads use pinned memory, which torch never frees.
 MAX_UPLOAD_PIXELS = 2**24
-MAX_SIDE = 2**14  # of a PNG that the GPU unfilters: it works along the rows of a band, one step for a pixel
+MAX_SIDE = 2**14  # of PNGs unfiltered on the GPU, which takes one step per pixel of a row
 
 
 class _Decoded(NamedTuple):
-    """An image under its key in the cache, and its patches [N, 1176], on the host or already on the device."""
+    """An image's cache key, grid and patches [N, 1176], on the host or on the device."""
 
     key: str
     grid: tuple[int, int, int]
@@ -47,7 +44,12 @@ class _Decoded(NamedTuple):
 
 
 class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
-    """Image files to embeddings, batched, cached, safe for several threads."""
+    """Batched, cached and thread-safe; see `MediaEncoder`.
+
+    Args:
+        dtype: of the computation.
+        weights: the weight cache, for INT8.
+    """
 
     kind = "vision encoder"
 
@@ -60,11 +62,6 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
         dtype: torch.dtype,
         weights: WeightCache | None = None,
     ) -> None:
-        """
-        Args:
-            dtype: what is computed in.
-            weights: the weight cache, for INT8.
-        """
         super().__init__(device, config.decode_threads)
         self.checkpoint = checkpoint
         self.limits = limits
@@ -81,18 +78,12 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
         self._vit: GraphedTransformer | None = None
         self._loading = threading.Lock()
         if config.loading == "preload":
-            self._warm_up(config.warm_up)  # while nothing is kept
+            self._warm_up(config.warm_up)  # with the cache disabled
         self.cache = FeatureCache(device, config.feature_cache_mb * MIB, config.feature_cache_host_mb * MIB)
 
     @property
-    def model(self) -> VisionTransformer:
-        """The ViT; it is loaded when it is first asked for."""
-        return self.vit.model
-
-    @property
     def vit(self) -> GraphedTransformer:
-        """The ViT. Its weights are read and its passes captured when it is first asked for; who asks meanwhile
-        waits."""
+        """The ViT with its CUDA graphs, loaded and captured at first use; concurrent callers wait."""
         with self._loading:
             if self._vit is None:
                 vit = GraphedTransformer(load(self.checkpoint, self.device, self.dtype, self._int8, self._weights))
@@ -101,17 +92,17 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
             return self._vit
 
     def encode(self, requests: Sequence[Sequence[ImageFile]]) -> list[torch.Tensor | RequestError]:
-        """What `encode_each` gives, in the order of the requests."""
+        """The results of `encode_each` in the order of the requests."""
         results = dict(self.encode_each(requests))
         return [results[index] for index in range(len(requests))]
 
     def encode_each(self, requests: Sequence[Sequence[ImageFile]]) -> Iterator[tuple[int, torch.Tensor | RequestError]]:
-        """Embed the images of several requests together; whose images are embedded need not wait for the others'.
+        """Embed the images of several requests together, yielding each request as soon as it is done.
 
         Yields:
-            Which request, and its images' embeddings one after another, bfloat16 [tokens, hidden_size] on the device,
-            in memory of their own; or the error of its first image that cannot be used, which other requests do not
-            notice.
+            The index of the request, and the embeddings of its images one after another, bfloat16 [tokens, hidden_size]
+            on the device, in their own memory; or the error of its first unusable image, which does not affect other
+            requests.
         """
         size = self.checkpoint.text.hidden_size
         for index, found in self._encode(requests):
@@ -119,34 +110,36 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
             self._finish()
             yield index, result
 
-    def _key(self, file: ImageFile) -> str:
-        return f"{self._digest}/{file.hash}"
+    def _cache_key(self, file: ImageFile) -> str:
+        return f"{self._digest}/{file.media_hash}"
 
-    def _identity(self, file: ImageFile) -> str:
+    def _media_hash(self, file: ImageFile) -> str:
         return media_hash(file.data, file.grid)
 
     def _read(self, file: ImageFile) -> _Decoded:
-        check_grid(file.grid, self.image_limits, "")  # who calls this model by itself may say any
+        check_grid(file.grid, self.image_limits, "")  # a direct caller may send any grid
         limits = self.image_limits
         size = file.grid[1] * limits.patch_size, file.grid[2] * limits.patch_size
         info = read_image(file.data, self.limits, "") if self._device_resizes else None
         if info is None or info.width * info.height > MAX_UPLOAD_PIXELS:
             pixels = decode_image(file.data, self.limits, "")
-            return _Decoded(self._key(file), file.grid, torch.from_numpy(patches(pixels, size, limits)))
-        result = beside(self.device, lambda: device_patches(self._upload(file, info), size, limits, self.dtype))
-        return _Decoded(self._key(file), file.grid, result)
+            return _Decoded(self._cache_key(file), file.grid, torch.from_numpy(patches(pixels, size, limits)))
+        result = run_on_side_stream(
+            self.device, lambda: device_patches(self._upload(file, info), size, limits, self.dtype)
+        )
+        return _Decoded(self._cache_key(file), file.grid, result)
 
     def _upload(self, file: ImageFile, info: ImageInfo) -> torch.Tensor:
-        """An image's pixels, uint8 [H, W, 3] on the device."""
+        """Decode an image to pixels uint8 [H, W, 3] on the device."""
         lines = None
         if info.format == "PNG" and info.orientation == 1 and max(info.width, info.height) <= MAX_SIDE:
             lines = read_scanlines(file.data)
         if lines is None:
             return self._copy(np.array(decode_image(file.data, self.limits, "")))
-        return get_kernels(self.device).unfilter(self._copy(lines.rows), lines.channels)
+        return get_kernels(self.device).unfilter(rows=self._copy(lines.rows), channels=lines.channels)
 
     def _copy(self, array: NDArray[np.uint8]) -> torch.Tensor:
-        """To the device, from pinned memory: this thread need not hold Python's lock meanwhile."""
+        """Copy to the device through pinned memory, so that the thread does not hold the GIL meanwhile."""
         pinned = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         np.copyto(pinned.numpy(), array)
         return pinned.to(self.device, non_blocking=True)
@@ -156,7 +149,6 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
 
     @torch.inference_mode()
     def _features(self, group: list[_Decoded]) -> list[torch.Tensor]:
-        """The features of each image, each in a storage of its own."""
         for image in group:
             if image.patches.is_cuda:
                 image.patches.record_stream(torch.cuda.current_stream(self.device))
@@ -169,13 +161,12 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
         return [part.clone() for part in features.split_with_sizes(lengths)]
 
     def _warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Read the weights; on a GPU also encode images of these sizes (width, height), from their files on, so that
-        no request pays for what happens once.
+        """Load the weights; on a GPU also encode an image file of each size (width, height), which compiles kernels.
 
         Raises:
             RuntimeError: one of them failed.
         """
-        model = self.model
+        config = self.vit.model.config
         if self.device.type != "cuda":
             return
         begin = time.perf_counter()
@@ -187,4 +178,4 @@ class VisionEncoder(MediaEncoder[ImageFile, _Decoded]):
             (result,) = self.encode([[ImageFile(data, grid, media_hash(data, grid), "image")]])
             if isinstance(result, RequestError):
                 raise RuntimeError(f"the vision encoder's warm-up with {width}x{height} failed: {result.message}")
-        log.info("the vision encoder (depth %d) is warm after %.1f s", model.config.depth, time.perf_counter() - begin)
+        log.info("warmed up the vision encoder (depth %d) in %.1f s", config.depth, time.perf_counter() - begin)

@@ -1,12 +1,11 @@
-"""From an image to the ViT's patches: exactly what transformers' `Glm4vImageProcessorPil` computes.
+"""Preprocesses images into the ViT's patches, bit for bit like transformers' `Glm4vImageProcessorPil`.
 
-`patches` computes it with Pillow, `device_patches` on a device from the pixels; their results are equal, bit for bit.
+`patches` uses Pillow; `device_patches` computes the same on the device, from decoded pixels.
 
-Of transformers' two backends this follows the Pillow one, bit for bit. The other, torchvision's (transformers' default
-where torchvision is installed), resizes with torch's antialiased bicubic kernel and lies this far off, in levels of
-0-255 (1 level is 0.015 after normalisation):
-- on the CPU (integer kernel), photos and screens: mean 0.001-0.08, at most 7, 93-99.97 % of the values equal;
-- on a GPU (float kernel, rounded at the end): mean 0.01-0.2, at most 16, at sharp edges; on pure noise 24.
+transformers' other backend, torchvision (its default if torchvision is installed), resizes with torch's antialiased
+bicubic kernel. It differs by, in levels of 0-255 (1 level is 0.015 after normalisation):
+- on the CPU (integer kernel), photos and screens: mean 0.001-0.08, at most 7; 93-99.97 % of the values are equal;
+- on a GPU (float kernel, rounded at the end): mean 0.01-0.2, at most 16, at sharp edges; 24 on pure noise.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoglm.errors import Exact, invalid
+from autoglm.errors import Verbatim, invalid
 from autoglm.kernels import get_kernels
 from autoglm.vision.resample import resize
 
@@ -31,9 +30,9 @@ MAX_ASPECT_RATIO = 200
 
 
 def smart_resize(height: int, width: int, limits: ImageLimits, name: str = "image") -> tuple[int, int]:
-    """The size (height, width) in pixels to which an image is resized: multiples of patch_size * merge_size.
+    """The size (height, width) in pixels that an image is resized to: multiples of patch_size * merge_size.
 
-    The limits count frames: an image is seen as `temporal_patch_size` equal frames.
+    The limits count the `temporal_patch_size` equal frames that an image consists of.
 
     Raises:
         RequestError: one side is more than 200 times the other.
@@ -45,7 +44,7 @@ def smart_resize(height: int, width: int, limits: ImageLimits, name: str = "imag
         height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         ratio = max(height, width) / min(height, width)
-        raise invalid(name, Exact(f"an aspect ratio of {ratio:.0f}"), f"at most {MAX_ASPECT_RATIO}")
+        raise invalid(name, Verbatim(f"{ratio:.0f}"), f"an image with an aspect ratio of at most {MAX_ASPECT_RATIO}")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if frames * new_height * new_width > limits.max_pixels:
         shrink = math.sqrt((frames * height * width) / limits.max_pixels)
@@ -59,41 +58,41 @@ def smart_resize(height: int, width: int, limits: ImageLimits, name: str = "imag
 
 
 def grid_of(size: tuple[int, int], limits: ImageLimits) -> tuple[int, int, int]:
-    """The grid (1, rows, columns) of patches of a resized image: transformers' image_grid_thw."""
+    """The grid (1, rows, columns) of patches of a resized image, transformers' image_grid_thw."""
     return 1, size[0] // limits.patch_size, size[1] // limits.patch_size
 
 
 def tokens_of(grid: tuple[int, int, int], limits: ImageLimits) -> int:
-    """Number of visual tokens of a grid: one for each merge_size x merge_size patches."""
+    """Number of visual tokens of a grid: one per merge_size x merge_size patches."""
     return grid[0] * grid[1] * grid[2] // limits.merge_size**2
 
 
 def check_grid(grid: tuple[int, int, int], limits: ImageLimits, name: str = "image") -> None:
-    """Refuse a grid that no image is resized to.
+    """Reject a grid that no image can have.
 
     Args:
-        limits: with the greatest max_pixels that a request may have.
+        limits: the server's, which bound those of requests.
 
     Raises:
-        RequestError: it is not made of whole tokens, or too large.
+        RequestError: the grid does not consist of whole tokens, or is too large.
     """
     merge = limits.merge_size
-    # A narrow image is at least one token high, whatever max_pixels says.
+    # A narrow image is at least one token high, whatever max_pixels is.
     most = max(
         limits.max_pixels // (limits.temporal_patch_size * limits.patch_size**2), MAX_ASPECT_RATIO * merge * merge
     )
     frames, rows, columns = grid
     if frames != 1 or min(rows, columns) < merge or rows % merge or columns % merge or rows * columns > most:
-        got = Exact(f"a grid of {frames} x {rows} x {columns} patches")
-        raise invalid(name, got, f"1 x multiples of {merge}, at most {most} in all")
+        got, accepted = f"{frames} x {rows} x {columns}", f"1 x multiples of {merge}, at most {most} patches"
+        raise invalid(name, Verbatim(got), f"sent with a grid of {accepted}")
 
 
 def patches(image: Image.Image, size: tuple[int, int], limits: ImageLimits) -> NDArray[np.float32]:
     """Resize an RGB image to `size` (height, width), normalise it and cut it into patches.
 
     Returns:
-        [N, 1176] float32: N = rows * columns patches, blocks of merge_size x merge_size patches after one another,
-        a patch as (channel, frame, row, column) with the frame repeated.
+        fp32 [N, 1176]: N = rows * columns patches, merge block after merge block, each patch as
+        (channel, frame, row, column) with the frame repeated.
     """
     patch, merge, frames = limits.patch_size, limits.merge_size, limits.temporal_patch_size
     rows, columns = size[0] // patch // merge, size[1] // patch // merge
@@ -113,31 +112,35 @@ def patches(image: Image.Image, size: tuple[int, int], limits: ImageLimits) -> N
 def device_patches(
     pixels: torch.Tensor, size: tuple[int, int], limits: ImageLimits, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """`patches` of pixels that lie on a device, where everything is computed.
+    """`patches`, computed on the pixels' device without synchronising.
 
     Args:
         pixels: uint8 [H, W, 3].
-        size: (height, width) in pixels to which it is resized, bicubic whatever `limits.resample` says.
+        size: (height, width) in pixels to resize to, always bicubic.
 
     Returns:
-        [N, 1176] in `dtype`, on the device; nothing waits for it.
+        [N, 1176] in `dtype`.
     """
-    levels = _device_levels(limits, pixels.device, dtype)
-    patch, merge, frames = limits.patch_size, limits.merge_size, limits.temporal_patch_size
-    return get_kernels(pixels.device).patchify(resize(pixels, size), levels, patch, merge, frames)
+    return get_kernels(pixels.device).patchify(
+        pixels=resize(pixels, size),
+        levels=_device_levels(limits, pixels.device, dtype),
+        patch_size=limits.patch_size,
+        merge_size=limits.merge_size,
+        temporal_patch_size=limits.temporal_patch_size,
+    )
 
 
 @lru_cache(maxsize=4)
 def _device_levels(limits: ImageLimits, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[3, 256] in `dtype`: a level is rounded once, as a whole image would be."""
+    """`_normalised_levels` rounded to `dtype`, on the device."""
     return torch.from_numpy(_normalised_levels(limits)).to(device, dtype)
 
 
 @lru_cache(maxsize=4)
 def _normalised_levels(limits: ImageLimits) -> NDArray[np.float32]:
-    """[3, 256] float32: what transformers makes of each level of each channel, in its order and dtypes.
+    """fp32 [3, 256]: each level of each channel, normalised in the order and dtypes of transformers.
 
-    A resized pixel has 256 levels, so a look-up is exact where a fused scale and shift would round differently.
+    Resized pixels have 256 levels, so a lookup table is exact, whereas a fused scale and shift would round differently.
     """
     scaled = (np.arange(256, dtype=np.float64) * limits.rescale_factor).astype(np.float32)
     mean, std = np.array(limits.mean, np.float32), np.array(limits.std, np.float32)

@@ -1,4 +1,4 @@
-"""How the vision encoder's weights get into memory: from the checkpoint, or, in INT8, from the weight cache."""
+"""Loads the vision encoder: from the checkpoint, or, in INT8, from the weight cache."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_key(checkpoint: Checkpoint, dtype: torch.dtype, int8: bool) -> CacheKey:
-    """Names the checkpoint's weights and everything else that an image's features depend on."""
+    """Identifies the weights and everything else that an image's features depend on."""
     settings: dict[str, Any] = {"model": "vision", "dtype": str(dtype).removeprefix("torch."), "int8": int8}
     return CacheKey.of(checkpoint.path, checkpoint.shards, settings)
 
@@ -30,8 +30,8 @@ def load(
     """The checkpoint's ViT.
 
     Args:
-        int8: round the blocks' products to 8 bits.
-        cache: where rounded weights are kept; weights that are not rounded have no use for it.
+        int8: round the weights of the blocks' linear layers to INT8.
+        cache: for INT8 weights only.
 
     Raises:
         CheckpointError: the files do not fit the model.

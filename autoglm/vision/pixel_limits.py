@@ -1,11 +1,9 @@
-"""To how many pixels images are resized: the checkpoint says it, the server may change it, a request for itself.
+"""Pixel limits of resized images: the checkpoint's, replaced by the server's, tightened by a request's.
 
-All of them count frames, as the checkpoint does: an image of h x w pixels is two frames, 2 * h * w.
+All of them count both frames of an image, as the checkpoint does: 2 * height * width.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from autoglm.checkpoint import ImageLimits
 from autoglm.config import ConfigError, LimitsConfig
@@ -13,10 +11,10 @@ from autoglm.errors import invalid
 
 
 def server_limits(checkpoint: ImageLimits, config: LimitsConfig) -> ImageLimits:
-    """The checkpoint's limits with what the configuration replaces.
+    """The checkpoint's limits, overridden by the configuration.
 
     Raises:
-        ConfigError: no image could obey them.
+        ConfigError: no image can satisfy them.
     """
     limits = replace(
         checkpoint,
@@ -24,35 +22,31 @@ def server_limits(checkpoint: ImageLimits, config: LimitsConfig) -> ImageLimits:
         min_pixels=config.min_pixels or checkpoint.min_pixels,
     )
     if limits.max_pixels < _least(limits):
-        raise ConfigError(f"limits.max_pixels is {limits.max_pixels}, it must be at least {_least(limits)}: one token")
+        raise ConfigError(f"limits.max_pixels must be at least {_least(limits)} (got {limits.max_pixels})")
     if limits.min_pixels > limits.max_pixels:
-        raise ConfigError(f"limits.min_pixels is {limits.min_pixels}, more than max_pixels, {limits.max_pixels}")
+        raise ConfigError(f"limits.min_pixels must be at most {limits.max_pixels} (got {limits.min_pixels})")
     return limits
 
 
-def request_limits(server: ImageLimits, parameters: Mapping[str, Any]) -> ImageLimits:
-    """The server's limits with what one request asks for; an image may get smaller than the server's, not larger.
-
-    Args:
-        parameters: of the request; others than `max_pixels` and `min_pixels` are passed over. None counts as absent.
+def request_limits(server: ImageLimits, max_pixels: int | None, min_pixels: int | None) -> ImageLimits:
+    """The server's limits, overridden by a request's, which may not raise the maximum.
 
     Raises:
-        RequestError: not a whole number, or out of range.
+        RequestError: a value is out of range.
     """
-    most = _read(parameters, "max_pixels", server.max_pixels, _least(server), server.max_pixels)
-    least = _read(parameters, "min_pixels", min(server.min_pixels, most), 1, most)
+    most = _check("max_pixels", max_pixels, default=server.max_pixels, low=_least(server), high=server.max_pixels)
+    least = _check("min_pixels", min_pixels, default=min(server.min_pixels, most), low=1, high=most)
     return replace(server, max_pixels=most, min_pixels=least)
 
 
-def _read(parameters: Mapping[str, Any], name: str, default: int, lowest: int, highest: int) -> int:
-    value = parameters.get(name)
+def _check(name: str, value: int | None, *, default: int, low: int, high: int) -> int:
     if value is None:
         return default
-    if type(value) is not int or not lowest <= value <= highest:
-        raise invalid(name, value, f"an integer from {lowest} to {highest} (2 x height x width)")
+    if not low <= value <= high:
+        raise invalid(name, value, f"between {low} and {high} (2 x height x width)")
     return value
 
 
 def _least(limits: ImageLimits) -> int:
-    """Pixels of the smallest image, that of one token."""
+    """Pixels of the smallest image, which is one token."""
     return limits.temporal_patch_size * (limits.patch_size * limits.merge_size) ** 2

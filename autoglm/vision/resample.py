@@ -1,7 +1,7 @@
 """Pillow's bicubic resize on any device, bit for bit.
 
-Pillow (src/libImaging/Resample.c, 8 bits a channel) computes weights in double precision, rounds them to fixed point
-with 22 binary places, and resizes one side after the other; each pass is rounded and clipped to 8 bits.
+Pillow (src/libImaging/Resample.c, 8 bits per channel) computes weights in double precision, rounds them to fixed point
+with 22 fraction bits, and resizes one axis after the other; each pass is rounded and clipped to 8 bits.
 """
 
 import math
@@ -13,27 +13,28 @@ import torch
 from numpy.typing import NDArray
 
 from autoglm.kernels import get_kernels
-from autoglm.kernels.base import Taps
+from autoglm.kernels.base import ResampleFilter
 
 PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
-SUPPORT = 2.0  # how far the cubic reaches, in pixels of the smaller side
-SHARPNESS = -0.5  # the cubic's parameter `a`
+SUPPORT = 2.0  # radius of the cubic, in pixels of the shorter axis
+SHARPNESS = -0.5  # parameter `a` of the cubic
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3], on the pixels' device; nothing waits for it."""
+    """uint8 [H, W, 3] -> uint8 [height, width, 3] on the pixels' device, without synchronising."""
     source = pixels.shape[0], pixels.shape[1]
     for axis in (0, 1) if _height_first(source, size) else (1, 0):
         if source[axis] != size[axis]:
-            pixels = get_kernels(pixels.device).resample(pixels, taps(source[axis], size[axis], pixels.device), axis)
+            axis_filter = resample_filter(source[axis], size[axis], pixels.device)
+            pixels = get_kernels(pixels.device).resample(pixels=pixels, resample_filter=axis_filter, axis=axis)
     return pixels
 
 
 def _height_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
-    """Whether the installed Pillow begins with the height; which side is first changes roundings. (height, width).
+    """Whether the installed Pillow resizes the height first, which affects rounding. Sizes are (height, width).
 
-    Pillow 13 does where the height loses more than twice what the width does, 12.2 and 12.3 where the image is more
-    than a hundred times as high as wide, older ones never.
+    Pillow 13 does if the height shrinks by more than twice as much as the width, 12.2 and 12.3 if the image is more
+    than a hundred times as high as wide, older versions never.
     """
     lost_height, lost_width = source[0] - target[0], source[1] - target[1]
     if PILLOW >= (13, 0):
@@ -42,28 +43,28 @@ def _height_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
 
 
 @lru_cache(maxsize=64)
-def taps(source: int, target: int, device: torch.device) -> Taps:
-    """The weights that resize a side of `source` pixels to `target`, on the device."""
+def resample_filter(source: int, target: int, device: torch.device) -> ResampleFilter:
+    """The filter that resizes an axis of `source` pixels to `target`."""
     starts, weights = _weights(source, target)
-    return Taps(torch.from_numpy(starts).to(device), torch.from_numpy(weights).to(device))
+    return ResampleFilter(torch.from_numpy(starts).to(device), torch.from_numpy(weights).to(device))
 
 
 def _weights(source: int, target: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First source pixel [target] of each target pixel, and the weights [target, n] from there on, 0 behind the end."""
+    """See `ResampleFilter`."""
     scale = source / target
     stretch = max(scale, 1.0)
     reach = SUPPORT * stretch
     centers = (np.arange(target) + 0.5) * scale
     starts = np.maximum(centers - reach + 0.5, 0).astype(np.int32)
     ends = np.minimum(centers + reach + 0.5, source).astype(np.int32)
-    places = np.arange(math.ceil(reach) * 2 + 1)
-    weights = _cubic((places + starts[:, None] - centers[:, None] + 0.5) * (1 / stretch))
-    weights[places >= (ends - starts)[:, None]] = 0
+    offsets = np.arange(math.ceil(reach) * 2 + 1)
+    weights = _cubic((offsets + starts[:, None] - centers[:, None] + 0.5) * (1 / stretch))
+    weights[offsets >= (ends - starts)[:, None]] = 0
     total = np.zeros(target)
-    for column in weights.T:  # in Pillow's order: a sum's last bit depends on it
+    for column in weights.T:  # in Pillow's order, which determines the last bit
         total += column
     weights /= total[:, None]
-    scaled = weights * (1 << Taps.PLACES)
+    scaled = weights * (1 << ResampleFilter.FRACTION_BITS)
     return starts, np.trunc(scaled + np.where(scaled < 0, -0.5, 0.5)).astype(np.int32)
 
 

@@ -1,0 +1,1 @@
+"""Loads weights into modules, and caches quantised weights on disk."""

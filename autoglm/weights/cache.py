@@ -1,11 +1,10 @@
-"""Quantised weights on disk: written at the first start, read at every later one.
+"""Quantised weights on disk: written at the first start, read at later ones.
 
-An entry is a directory `<root>/<key>` with safetensors shards, `entry.json` (what it holds, how long each file is)
-and `lock`. It is made as `<root>/<key>.building` and renamed when all of it is on the disk, so that a crash leaves
-nothing that could be taken for an entry. The one file lock of a directory says all that processes need to know of
-each other: shared, the entry is in use, for as long as the process lives; exclusive, it is being made or removed. The
-kernel releases it with its process, however that ends. Whoever gets a lock looks whether the directory is still
-the one under its name.
+An entry is a directory `<root>/<key>` with safetensors shards, `entry.json` (the manifest: contents and file sizes) and
+`lock`. It is built as `<root>/<key>.building` and renamed once it is on disk, so a crash never leaves a partial entry.
+The lock of a directory is the only coordination between processes. A shared lock means that the entry is in use, until
+the process exits; an exclusive lock, that it is being built or removed. The kernel drops the lock when the process
+dies. After acquiring it, re-check that the directory is still the current one.
 """
 
 import fcntl
@@ -25,7 +24,7 @@ from autoglm.config import WeightCacheConfig
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # changes with whatever changes the content of entries: names of tensors, rounding, file layout
+FORMAT = 1  # increase when the content of entries changes: tensor names, rounding, file layout
 SAMPLES, SAMPLE_BYTES = 64, 4096
 BUILDING = ".building"
 POLL_S = 0.05
@@ -33,12 +32,12 @@ MANIFEST, LOCK = "entry.json", "lock"
 
 
 class DamagedEntry(Exception):
-    """The files of an entry are not what was written."""
+    """The files of an entry differ from those written."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What an entry holds: `digest` names it, `checkpoint` and `settings` tell a person."""
+    """Identifies an entry by `digest`; `checkpoint` and `settings` describe it to people."""
 
     digest: str
     checkpoint: str
@@ -46,12 +45,11 @@ class CacheKey:
 
     @classmethod
     def of(cls, directory: Path, shards: tuple[Path, ...], settings: Mapping[str, Any]) -> "CacheKey":
-        """Fingerprint a checkpoint directory under JSON-like `settings`.
+        """Fingerprint a checkpoint directory and JSON-like `settings`.
 
-        Covered are: the bytes of config.json; of every shard its name, size, time of change in ns, its whole header
-        (names, types and places of its tensors), and SAMPLES pieces of SAMPLE_BYTES spread over its content, the
-        last bytes among them; the settings; FORMAT. A change of content that keeps size and time, and happens
-        between the pieces, is not noticed.
+        The digest covers FORMAT, the settings, config.json, and of every shard its name, size, modification time in ns,
+        header, and SAMPLES pieces of SAMPLE_BYTES spread over its content, including the last bytes. A change between
+        these pieces that keeps the size and the modification time is not detected.
         """
         digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
         digest.update((directory / "config.json").read_bytes())
@@ -70,7 +68,7 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry as `autoglm cache list` shows it. size in bytes, last_use in seconds since 1970."""
+    """An entry for `autoglm cache list`. size in bytes, last_use in seconds since 1970."""
 
     path: Path
     checkpoint: str
@@ -81,12 +79,12 @@ class Entry:
 
 
 class WeightCache:
-    """A directory of entries, together at most `max_bytes` long. Any number of processes may use it at once."""
+    """A directory of entries of at most `max_bytes` in total. Any number of processes may use it concurrently."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self.root = root
         self.max_bytes = max_bytes
-        self._held: list[int] = []  # locks of the entries in use; they end with the process
+        self._locks: list[int] = []  # shared locks of the entries in use
 
     @classmethod
     def from_config(cls, config: WeightCacheConfig) -> "WeightCache | None":
@@ -100,14 +98,14 @@ class WeightCache:
         build: Callable[[], None],
         write: Callable[[Path], None],
     ) -> bool:
-        """Read an entry, or build what it should hold and write it; returns whether it was there.
+        """Read an entry, or else build its content and write it; returns whether the entry existed.
 
-        Trouble with the disk costs the entry, never the caller: it is logged, and `build` is called all the same.
+        Disk errors are logged and cost only the entry: `build` is called nevertheless.
 
         Args:
-            size: bytes that `write` will take, roughly.
+            size: approximate number of bytes that `write` writes.
             read: reads the files of a directory; raises DamagedEntry or OSError.
-            write: writes files into a directory; raises OSError.
+            write: writes the files of a directory; raises OSError.
         """
         path, building = self.root / key.digest, self.root / (key.digest + BUILDING)
         handle = None
@@ -120,14 +118,14 @@ class WeightCache:
                 building.mkdir(exist_ok=True)
                 handle = _lock(building, fcntl.LOCK_EX | fcntl.LOCK_NB, create=True)
                 if handle is None:
-                    time.sleep(POLL_S)  # another process builds it
+                    time.sleep(POLL_S)  # another process is building it
         except OSError as error:
             log.warning("the weight cache %s cannot be used: %s", self.root, error)
         try:
             build()
             if handle is not None and self._write(key, size, building, write):
                 fcntl.flock(handle, fcntl.LOCK_SH)
-                self._held.append(handle)
+                self._locks.append(handle)
                 handle = None
         finally:
             if handle is not None:
@@ -135,12 +133,12 @@ class WeightCache:
         return False
 
     def close(self) -> None:
-        """Let others remove the entries that this object has fetched."""
-        while self._held:
-            os.close(self._held.pop())
+        """Unlock the entries fetched through this object, so that they can be removed."""
+        while self._locks:
+            os.close(self._locks.pop())
 
     def entries(self) -> list[Entry]:
-        """What the cache holds, the longest unused first."""
+        """All entries, least recently used first."""
         found = []
         for manifest in self.root.glob(f"*/{MANIFEST}"):
             path = manifest.parent
@@ -154,11 +152,11 @@ class WeightCache:
         return sorted(found, key=lambda entry: entry.last_use)
 
     def remove(self, path: Path, force: bool = False) -> bool:
-        """Delete an entry, or leave it because a living process uses it; returns whether it is gone."""
+        """Delete an entry unless a process uses it; returns whether it is gone."""
         handle = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, create=True)
         if handle is None and not force:
             return not path.exists()
-        # Under another name first: a crash in the middle of this must not leave half an entry either.
+        # Rename it first, so that a crash while deleting does not leave a partial entry.
         waste = path.with_name(f"{path.name}.{os.getpid()}{BUILDING}")
         with suppress(FileNotFoundError):
             path.rename(waste)
@@ -168,33 +166,33 @@ class WeightCache:
         return True
 
     def _read(self, path: Path, read: Callable[[Path], None]) -> bool:
-        if not self._hold(path):
+        if not self._use(path):
             return False
         try:
             _check_files(path)
             read(path)
         except (DamagedEntry, OSError) as error:
-            log.warning("the entry %s of the weight cache is damaged and is made anew: %s", path.name, error)
-            os.close(self._held.pop())
+            log.warning("entry %s of the weight cache is damaged and will be rebuilt: %s", path.name, error)
+            os.close(self._locks.pop())
             self.remove(path, force=True)
             return False
         os.utime(path / LOCK)
         return True
 
-    def _hold(self, path: Path) -> bool:
-        """Mark an entry as in use until the process ends; False when there is none."""
+    def _use(self, path: Path) -> bool:
+        """Mark an entry as in use until the process exits; returns whether it exists."""
         handle = _lock(path, fcntl.LOCK_SH)
         if handle is not None:
-            self._held.append(handle)
+            self._locks.append(handle)
         return handle is not None
 
     def _write(self, key: CacheKey, size: int, building: Path, write: Callable[[Path], None]) -> bool:
         begin = time.perf_counter()
         try:
             self._make_room(size)
-            for left in building.iterdir():  # by a process that died
-                if left.name != LOCK:
-                    left.unlink()
+            for file in building.iterdir():  # left by a process that died
+                if file.name != LOCK:
+                    file.unlink()
             write(building)
             files = {file.name: file.stat().st_size for file in building.iterdir() if file.name != LOCK}
             manifest = {"format": FORMAT, "checkpoint": key.checkpoint, "settings": key.settings, "files": files}
@@ -211,7 +209,7 @@ class WeightCache:
         return True
 
     def _make_room(self, size: int) -> None:
-        """Remove what was used longest ago and is not in use, until `size` more bytes fit."""
+        """Remove the least recently used entries that are not in use, until `size` more bytes fit."""
         entries = self.entries()
         total = sum(entry.size for entry in entries) + size
         for entry in entries:
@@ -221,13 +219,13 @@ class WeightCache:
                 log.info("removed %s (%s) from the weight cache", entry.path.name, entry.checkpoint)
                 total -= entry.size
         if total > self.max_bytes:
-            raise OSError(f"weight_cache.max_gb is {self.max_bytes / 1e9:g}, {total / 1e9:.1f} are needed and in use")
+            raise OSError(f"weight_cache.max_gb must be at least {total / 1e9:.1f} (got {self.max_bytes / 1e9:g})")
         free = shutil.disk_usage(self.root).free
         if free < size:
-            raise OSError(f"{self.root} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} are needed")
+            raise OSError(f"{self.root} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are needed")
 
     def _sweep(self) -> None:
-        """Remove what processes left behind that died while they built."""
+        """Remove the directories of processes that died while building."""
         for building in self.root.glob("*" + BUILDING):
             self.remove(building)
 
@@ -238,7 +236,11 @@ def cache_directory(config: WeightCacheConfig) -> Path:
 
 
 def _lock(directory: Path, how: int, create: bool = False) -> int | None:
-    """Lock a directory; None when it is not there, or (with LOCK_NB) when others have it. The caller closes it."""
+    """Lock a directory and return a handle for the caller to close.
+
+    Returns:
+        None if the directory does not exist, or (with LOCK_NB) if another process has locked it.
+    """
     while True:
         try:
             handle = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
@@ -253,7 +255,7 @@ def _lock(directory: Path, how: int, create: bool = False) -> int | None:
         except BlockingIOError:
             os.close(handle)
             return None
-        os.close(handle)  # while we waited, another process removed or renamed the directory
+        os.close(handle)  # another process removed or renamed the directory meanwhile
 
 
 def _in_use(path: Path) -> bool:
@@ -271,7 +273,7 @@ def _check_files(path: Path) -> None:
         raise DamagedEntry(f"{MANIFEST} cannot be read") from None
     for name, size in files.items():
         if (path / name).stat().st_size != size:
-            raise DamagedEntry(f"{name} is not {size} bytes long")
+            raise DamagedEntry(f"{name} must be {size} bytes long")
 
 
 def _sync(path: Path) -> None:

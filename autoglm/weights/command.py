@@ -1,4 +1,4 @@
-"""`autoglm cache`: what the weight cache holds, and how to empty it. A plug-in of the client's command `autoglm`."""
+"""`autoglm cache`: lists and clears the weight cache. A plug-in of the client's command `autoglm`."""
 
 import argparse
 import json
@@ -14,19 +14,19 @@ FAILED = 1
 
 
 def register(commands: Any) -> None:
-    """Add the subcommand to an argparse parser's subcommands; its `run` takes the options, returns the exit code."""
+    """Add the subcommand to an argparse parser. Its default `run` takes the options and returns the exit code."""
     parser = commands.add_parser("cache", help="list or clear the quantised weights on this machine's disk")
     actions = parser.add_subparsers(required=True, metavar="list | clear")
     parts = [
-        actions.add_parser("list", help="what is there, the longest unused first"),
-        actions.add_parser("clear", help="delete all entries, or one"),
+        actions.add_parser("list", help="list the entries, least recently used first"),
+        actions.add_parser("clear", help="delete all entries, or those with a key"),
     ]
     for part, run in zip(parts, (_list, _clear), strict=True):
-        part.add_argument("--directory", type=Path, metavar="DIR", help="the cache (default: as the server finds it)")
+        part.add_argument("--directory", type=Path, metavar="DIR", help="the cache's directory (default: the server's)")
         part.set_defaults(run=run)
-    parts[0].add_argument("--json", action="store_true", help="print one JSON list instead")
-    parts[1].add_argument("key", nargs="?", help="the beginning of the entry's key")
-    parts[1].add_argument("--force", action="store_true", help="also what a running server uses")
+    parts[0].add_argument("--json", action="store_true", help="print a JSON list")
+    parts[1].add_argument("key", nargs="?", help="key of the entry, or its beginning")
+    parts[1].add_argument("--force", action="store_true", help="delete entries in use by a running server too")
 
 
 def _open(options: argparse.Namespace) -> WeightCache:
@@ -37,7 +37,7 @@ def _list(options: argparse.Namespace) -> int:
     try:
         cache = _open(options)
     except ConfigError as error:
-        return _complain(str(error))
+        return _fail(str(error))
     entries = cache.entries()
     if options.json:
         print(json.dumps([_as_json(entry) for entry in entries]))
@@ -55,15 +55,17 @@ def _clear(options: argparse.Namespace) -> int:
     try:
         cache = _open(options)
     except ConfigError as error:
-        return _complain(str(error))
+        return _fail(str(error))
     chosen = [entry for entry in cache.entries() if entry.path.name.startswith(options.key or "")]
     if options.key and not chosen:
-        return _complain(f"no entry {options.key} in {cache.root}")
-    kept = [entry for entry in chosen if not cache.remove(entry.path, options.force)]
-    freed = sum(entry.size for entry in chosen if entry not in kept)
-    print(f"deleted {len(chosen) - len(kept)} entries, {freed / 1e9:.2f} GB")
-    if kept:
-        return _complain(f"in use: {', '.join(entry.path.name for entry in kept)} (--force deletes them all the same)")
+        return _fail(f"no entry {options.key} in {cache.root}")
+    in_use = [entry for entry in chosen if not cache.remove(entry.path, options.force)]
+    freed = sum(entry.size for entry in chosen if entry not in in_use)
+    print(f"deleted {len(chosen) - len(in_use)} entries, {freed / 1e9:.2f} GB")
+    if in_use:
+        return _fail(
+            f"not deleted, in use: {', '.join(entry.path.name for entry in in_use)} (--force deletes them too)"
+        )
     return 0
 
 
@@ -78,6 +80,6 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _complain(message: str) -> int:
+def _fail(message: str) -> int:
     print(f"autoglm: {message}", file=sys.stderr)
     return FAILED

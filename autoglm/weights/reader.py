@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: read from safetensors one at a time, and copied into modules."""
+"""Reads a checkpoint's tensors from safetensors, one at a time, and copies them into modules."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -17,7 +17,7 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (full name, tensor) for every tensor under one of `prefixes`, in its own dtype, on `device`.
 
-    Tensors that bitsandbytes has quantised are yielded as `Int8Weight`.
+    Tensors quantised by bitsandbytes are yielded as `Int8Weight`.
     """
     for shard in checkpoint.shards:
         with safe_open(shard, framework="pt", device=str(device)) as file:
@@ -30,7 +30,7 @@ def read_weights(
 
 
 def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors that a module holds: names relative to the module, and views of its memory.
+    """The checkpoint's tensors in a module: their names relative to the module, and views of its memory.
 
     A shared parameter (tied embeddings) is yielded once, under its first name.
     """
@@ -48,7 +48,7 @@ def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_parameters(module: nn.Module, weights: Iterable[tuple[str, Tensor]], rename: Mapping[str, str]) -> None:
-    """Copy checkpoint tensors into `module`, converting each to its parameter's dtype, INT8 included.
+    """Copy checkpoint tensors into `module`, converting each to the dtype of its parameter, including INT8.
 
     Args:
         rename: checkpoint name prefix -> module name prefix.
@@ -63,7 +63,8 @@ def load_parameters(module: nn.Module, weights: Iterable[tuple[str, Tensor]], re
         if target is None:
             raise CheckpointError(f"unexpected tensor {full_name}")
         if target.shape != tensor.shape:
-            raise CheckpointError(f"tensor {full_name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
+            expected, shape = list(target.shape), list(tensor.shape)
+            raise CheckpointError(f"tensor {full_name} must have shape {expected} (got {shape})")
         copy_weight(target, tensor)
     if targets:
         raise CheckpointError(f"{len(targets)} tensors are missing, the first is {next(iter(targets))}")

@@ -1,6 +1,6 @@
-"""Tensors in safetensors files, as fast as disk and bus allow: several threads read into pinned memory and copy on.
+"""Reads and writes safetensors files at the speed of the disk: threads read into pinned memory and copy to the GPU.
 
-The format (huggingface/safetensors): the length of a JSON header in 8 bytes, the header, the tensors' bytes.
+The format (huggingface/safetensors): the length of the JSON header in 8 bytes, the header, the bytes of the tensors.
 """
 
 import json
@@ -20,17 +20,12 @@ from autoglm.weights.cache import DamagedEntry
 SHARD_BYTES = 2 * 10**9
 PIECE_BYTES = 16 << 20
 THREADS = 8
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file, and the place they belong to: uint8 [n], contiguous."""
+    """Bytes of a file and their destination, contiguous uint8 [n]."""
 
     file: int
     offset: int
@@ -38,19 +33,19 @@ class Piece:
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write shards of at most SHARD_BYTES (a larger tensor has one of its own).
+    """Write shards of at most SHARD_BYTES; a larger tensor gets its own shard.
 
     Raises:
-        OSError: as when the disk is full.
+        OSError: a file cannot be written.
     """
     shards: list[dict[str, torch.Tensor]] = []
-    room = 0
+    free = 0  # bytes left in the last shard
     for name, tensor in tensors.items():
-        if not shards or room < tensor.nbytes:
+        if not shards or free < tensor.nbytes:
             shards.append({})
-            room = SHARD_BYTES
+            free = SHARD_BYTES
         shards[-1][name] = tensor
-        room -= tensor.nbytes
+        free -= tensor.nbytes
     for number, shard in enumerate(shards):
         try:
             save_file(shard, directory / f"{number:05d}.safetensors")
@@ -59,23 +54,23 @@ def write_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill every one of `tensors`, wherever it lies, with the tensor of its name.
+    """Read `tensors`, on any device, from the files of a directory.
 
     Raises:
-        DamagedEntry: the files hold other tensors, or less than their headers say.
+        DamagedEntry: the files contain other tensors, or are truncated.
         OSError: a file cannot be read.
     """
-    places: dict[str, tuple[int, int]] = {}
+    locations: dict[str, tuple[int, int]] = {}
     handles: list[int] = []
     try:
         for path in sorted(directory.glob("*.safetensors")):
             handles.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             for name, offset in _read_header(handles[-1], path.name, tensors).items():
-                places[name] = handles[-1], offset
-        if missing := tensors.keys() - places.keys():
-            raise DamagedEntry(f"{len(missing)} tensors are missing, one is {min(missing)}")
+                locations[name] = handles[-1], offset
+        if missing := tensors.keys() - locations.keys():
+            raise DamagedEntry(f"{len(missing)} tensors are missing, one of them is {min(missing)}")
         pieces = []
-        for name, (handle, offset) in places.items():
+        for name, (handle, offset) in locations.items():
             flat = tensors[name].view(-1).view(torch.uint8)
             pieces += [
                 Piece(handle, offset + start, flat[start : start + PIECE_BYTES])
@@ -88,30 +83,30 @@ def read_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _read_header(handle: int, file: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Where in the file each tensor begins; each must be as its target is."""
+    """The offset of each tensor in the file, after comparing it with its target."""
     try:
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
         header = json.loads(os.pread(handle, min(length, os.fstat(handle).st_size), 8))
-        places = {}
+        offsets = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             target = tensors[name]
             start, end = entry["data_offsets"]
-            same = DTYPES[entry["dtype"]] == target.dtype and entry["shape"] == list(target.shape)
-            if not same or end - start != target.nbytes:
-                raise DamagedEntry(f"{file}: {name} is {entry}, expected {target.dtype} {list(target.shape)}")
-            places[name] = 8 + length + start
-        return places
+            matches = DTYPES[entry["dtype"]] == target.dtype and entry["shape"] == list(target.shape)
+            if not matches or end - start != target.nbytes:
+                raise DamagedEntry(f"{file}: {name} must be {target.dtype} {list(target.shape)} (got {entry})")
+            offsets[name] = 8 + length + start
+        return offsets
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise DamagedEntry(f"{file} has no header, or another one") from None
+        raise DamagedEntry(f"the header of {file} is damaged or lists other tensors") from None
 
 
 def _read_pieces(pieces: list[Piece]) -> None:
     staging = threading.local()
     devices = {piece.target.device for piece in pieces if piece.target.is_cuda}
     for device in devices:
-        torch.cuda.synchronize(device)  # whoever had this memory before
+        torch.cuda.synchronize(device)  # earlier users of this memory
 
     def read(piece: Piece) -> None:
         if piece.target.device.type == "cpu":
@@ -129,7 +124,7 @@ def _read_pieces(pieces: list[Piece]) -> None:
 
 
 class _Stage:
-    """Two pinned buffers of one thread: while one is copied to the GPU, the other is read into."""
+    """Two pinned buffers of one thread: the file is read into one while the other is copied to the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -153,5 +148,5 @@ def _read_into(buffer: torch.Tensor, piece: Piece) -> None:
     while done < len(view):
         count = os.preadv(piece.file, [view[done:]], piece.offset + done)
         if count == 0:
-            raise DamagedEntry("a file ends before its tensors do")
+            raise DamagedEntry("a file is truncated")
         done += count

@@ -1,8 +1,7 @@
-"""SmoothQuant (Xiao et al. 2022, equation 4): large activations are moved into the weights before these are rounded.
+"""SmoothQuant (Xiao et al. 2022, equation 4): moves activation outliers into the weights before quantisation.
 
-Channels are scaled by powers of two, so that folding the factors into norms and weights is exact. The input of the
-attention's output projection is not smoothed: a value head serves several query heads, whose channels cannot be scaled
-independently.
+The factors are powers of two, so that folding them into norms and weights is exact. The input of the attention's output
+projection is not smoothed: a value head serves several query heads, whose channels cannot be scaled independently.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 SMOOTHED = ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
-# Weights of a layer as the checkpoint names them -> the linear layer whose factors multiply their columns.
+# The checkpoint's names of weights -> the linear layer whose factors multiply their columns.
 COLUMNS = {
     "self_attn.q_proj": SMOOTHED[0],
     "self_attn.k_proj": SMOOTHED[0],
@@ -28,8 +27,8 @@ class Calibration:
     """The result of a calibration run.
 
     factors: path of a linear layer, such as `layers.0.mlp.down_proj` -> fp32 [inputs]; empty without smoothing.
-    kv_scales: fp32 [2, layers, kv_heads], the fixed scales of an FP8 KV cache, for keys and values.
-    report: one row for each linear layer and one for the keys and values of each layer, as JSON.
+    kv_scales: fp32 [2, layers, kv_heads], the fixed scales of keys and values in an FP8 KV cache.
+    report: JSON rows, one per linear layer and one per layer's keys and values.
     """
 
     factors: dict[str, torch.Tensor]
@@ -52,7 +51,7 @@ class Calibration:
         return smoothed
 
     def table(self) -> str:
-        """For each linear layer the largest input, the median over the channels, and the largest after smoothing."""
+        """The report as a table: per linear layer the largest input, the median over channels, the largest smoothed."""
         lines = [f"{'layer':<32}{'largest':>10}{'median':>10}{'smoothed':>10}"]
         for row in self.report:
             if "largest" in row:
@@ -63,7 +62,7 @@ class Calibration:
 
 
 def smoothing_factors(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Powers of two close to inputs^alpha / weights^(1 - alpha), channel by channel.
+    """The powers of two nearest to inputs^alpha / weights^(1 - alpha) in each channel.
 
     Args:
         inputs, weights: fp32 [K], the largest magnitudes of each input channel and of its weights.

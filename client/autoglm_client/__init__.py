@@ -31,43 +31,14 @@ from autoglm_client.errors import (
     ServerUnavailable,
 )
 from autoglm_client.logprobs import Alternative, TokenLogprob
-from autoglm_client.parser import Answer, parse
+from autoglm_client.parser import ParsedAnswer, parse
 from autoglm_client.result import Piece, Result, Usage
 
+__version__ = "0.1.0"
+
 __all__ = [
-    "Action",
-    "ActionError",
-    "Alternative",
-    "Answer",
-    "AsyncClient",
-    "AsyncStream",
-    "AutoGLMError",
-    "Back",
-    "CallAPI",
-    "Cancelled",
-    "Client",
-    "DoubleTap",
-    "Finish",
-    "Home",
-    "Interact",
-    "InvalidRequest",
-    "Launch",
-    "LongPress",
-    "Note",
-    "Piece",
-    "Point",
-    "RequestTimeout",
-    "Result",
-    "ServerError",
-    "ServerUnavailable",
-    "Stream",
-    "Swipe",
-    "TakeOver",
-    "Tap",
-    "TokenLogprob",
-    "Type",
-    "TypeName",
-    "Usage",
-    "Wait",
-    "parse",
-]
+    "Action", "ActionError", "Alternative", "AsyncClient", "AsyncStream", "AutoGLMError", "Back", "CallAPI",
+    "Cancelled", "Client", "DoubleTap", "Finish", "Home", "Interact", "InvalidRequest", "Launch", "LongPress", "Note",
+    "ParsedAnswer", "Piece", "Point", "RequestTimeout", "Result", "ServerError", "ServerUnavailable", "Stream", "Swipe",
+    "TakeOver", "Tap", "TokenLogprob", "Type", "TypeName", "Usage", "Wait", "parse",
+]  # fmt: skip

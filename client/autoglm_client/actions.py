@@ -1,33 +1,36 @@
-"""The actions, and how they are written: `do(action="Tap", element=[517,233])` and its relatives."""
-
-from __future__ import annotations
+"""The actions of the model's language, such as `do(action="Tap", element=[517,233])`."""
 
 import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
-COORDINATES = 1000  # the model's grid; values go from 0 to 999
+COORDINATES = 1000  # the size of the model's grid: coordinates are from 0 to 999
+KINDS: dict[str, type["Action"]] = {}  # all actions, by name
 
 
 class Point(NamedTuple):
-    """A place on the screen, 0..999 from the top left in both directions, whatever the screen's size."""
+    """A point on the screen: 0 to 999 from the top left in both directions, independent of the screen's size."""
 
     x: int
     y: int
 
     def to_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The pixel (x, y) on a screen of `size` (width, height), rounded down as phone agents do it."""
+        """The pixel (x, y) on a screen of `size` (width, height), rounded down as phone agents do."""
         return int(self.x / COORDINATES * size[0]), int(self.y / COORDINATES * size[1])
 
 
 @dataclass(frozen=True)
 class Action:
-    """Base of all actions; `str(action)` is the action in the model's language."""
+    """Base class of the actions; `str(action)` is the action in the model's language."""
 
     NAME: ClassVar[str]
 
+    def __init_subclass__(cls, name: str) -> None:
+        cls.NAME = name
+        KINDS[name] = cls
+
     def arguments(self) -> dict[str, Any]:
-        """The arguments that are set, by their names in the language."""
+        """The arguments that are set, by name."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {name: value for name, value in values if value is not None}
 
@@ -39,134 +42,110 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Launch(Action):
-    """Start an app by its name."""
+class Launch(Action, name="Launch"):
+    """Start an app by name."""
 
-    NAME = "Launch"
     app: str
 
 
 @dataclass(frozen=True)
-class Tap(Action):
-    """Tap a place; `message` is set when the tap is a sensitive one (payment, privacy) that wants a confirmation."""
+class Tap(Action, name="Tap"):
+    """Tap a point; a sensitive tap (payment, privacy), which needs confirmation, has a `message`."""
 
-    NAME = "Tap"
     element: Point
     message: str | None = None
 
 
 @dataclass(frozen=True)
-class Type(Action):
-    """Type into the focused field, replacing what it holds."""
+class Type(Action, name="Type"):
+    """Type into the focused field, replacing its content."""
 
-    NAME = "Type"
     text: str
 
 
 @dataclass(frozen=True)
-class TypeName(Action):
+class TypeName(Action, name="Type_Name"):
     """Type a person's name."""
 
-    NAME = "Type_Name"
     text: str
 
 
 @dataclass(frozen=True)
-class Swipe(Action):
-    """Drag from one place to another."""
+class Swipe(Action, name="Swipe"):
+    """Swipe from one point to another."""
 
-    NAME = "Swipe"
     start: Point
     end: Point
 
 
 @dataclass(frozen=True)
-class Back(Action):
-    """The back button."""
-
-    NAME = "Back"
+class Back(Action, name="Back"):
+    """Press the back button."""
 
 
 @dataclass(frozen=True)
-class Home(Action):
-    """The home button."""
-
-    NAME = "Home"
+class Home(Action, name="Home"):
+    """Press the home button."""
 
 
 @dataclass(frozen=True)
-class DoubleTap(Action):
-    """Tap a place twice."""
+class DoubleTap(Action, name="Double Tap"):
+    """Tap a point twice."""
 
-    NAME = "Double Tap"
     element: Point
 
 
 @dataclass(frozen=True)
-class LongPress(Action):
-    """Press a place and hold."""
+class LongPress(Action, name="Long Press"):
+    """Press and hold a point."""
 
-    NAME = "Long Press"
     element: Point
 
 
 @dataclass(frozen=True)
-class Wait(Action):
+class Wait(Action, name="Wait"):
     """Wait for the screen to change."""
 
-    NAME = "Wait"
     duration: str = "1 seconds"
 
     @property
     def seconds(self) -> float:
-        """The duration as a number; 1.0 when it holds none."""
+        """The duration as a number; 1.0 if it contains none."""
         number = re.match(r"\s*(\d+(?:\.\d+)?)", self.duration)
         return float(number[1]) if number else 1.0
 
 
 @dataclass(frozen=True)
-class TakeOver(Action):
-    """Ask the person to take over (login, verification)."""
+class TakeOver(Action, name="Take_over"):
+    """Ask the user to take over (login, verification)."""
 
-    NAME = "Take_over"
     message: str = ""
 
 
 @dataclass(frozen=True)
-class Note(Action):
-    """Keep the page's content for a later summary."""
+class Note(Action, name="Note"):
+    """Note the content of the page for a later summary."""
 
-    NAME = "Note"
     message: str = "True"
 
 
 @dataclass(frozen=True)
-class CallAPI(Action):
-    """Summarise or comment on the page or on what was noted."""
+class CallAPI(Action, name="Call_API"):
+    """Summarise or comment on the page or on the notes."""
 
-    NAME = "Call_API"
     instruction: str
 
 
 @dataclass(frozen=True)
-class Interact(Action):
-    """Ask the person which of several candidates is meant."""
-
-    NAME = "Interact"
+class Interact(Action, name="Interact"):
+    """Ask the user to choose between several candidates."""
 
 
 @dataclass(frozen=True)
-class Finish(Action):
-    """The task is over."""
+class Finish(Action, name="finish"):
+    """End the task."""
 
-    NAME = "finish"
     message: str = ""
-
-
-# What `do(action=...)` can name.
-KINDS: tuple[type[Action], ...] = (
-    Launch, Tap, Type, TypeName, Swipe, Back, Home, DoubleTap, LongPress, Wait, TakeOver, Note, CallAPI, Interact,
-)  # fmt: skip
 
 
 def _write(value: str | Point) -> str:

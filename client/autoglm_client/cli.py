@@ -1,7 +1,5 @@
 """The command `autoglm`."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -12,75 +10,67 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from autoglm_client.client import Client, Stream
 from autoglm_client.draw import draw
 from autoglm_client.errors import AutoGLMError
-from autoglm_client.images import image_bytes
+from autoglm_client.microphone import record
 from autoglm_client.result import Result
-from autoglm_client.sounds import audio_bytes, record
 from autoglm_client.thought import ThoughtFilter
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-# Subcommands of other distributions: functions that take the parser's subcommands, and add one with a default `run`.
+# Exit codes.
+OK, FAILED, INVALID_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+# Entry points of other distributions: functions that add a subcommand, with the default `run`, to the parser's.
 PLUG_INS = "autoglm.commands"
-JSON_FORMATS = ("json_object", "json_schema")  # an answer of these holds no action
+JSON_FORMATS = ("json_object", "json_schema")  # answers in these formats contain no action
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 an action, or the JSON asked for, came, 1 the server failed or gave
-    none, 2 wrong usage."""
-    options = _options(argv)
+    """Run the command and return its exit code: 0 for a valid action (or the requested JSON), 1 if the server failed or
+    answered otherwise, 2 for invalid arguments."""
+    options = _parse_arguments(argv)
     if hasattr(options, "run"):
-        code: int = options.run(options)
-        return code
+        return int(options.run(options))
     try:
-        images = [image_bytes(Path(name)) for name in options.image]
-        sounds = [audio_bytes(Path(name)) for name in options.audio]
-        system = options.system.read_text("utf-8") if options.system else None
+        images = [_read("--image", Path(name)) for name in options.image]
+        clips = [_read("--audio", Path(name)) for name in options.audio]
+        system = _read_text("--system", options.system) if options.system else None
         options.response_format = _response_format(options.response_format)
-        if options.draw and _asks_for_json(options):
-            raise ValueError("--draw: an answer in JSON holds no action to draw")
-        if options.draw:
-            _check_drawing(images, options.draw)
+        screen = _screen_to_draw_on(options, images) if options.draw else None
         if options.record:
             print(f"recording {options.record:g} s", file=sys.stderr)
-            sounds.append(record(options.record))
+            clips.append(record(options.record))
     except (OSError, ValueError) as error:
-        return _complain(str(error), USAGE)
+        return _fail(str(error), INVALID_ARGUMENTS)
     try:
-        result = _ask(options, images, sounds, system)
+        result = _ask(options, images, clips, system)
     except AutoGLMError as error:
-        return _complain(str(error), FAILED)
+        return _fail(str(error), FAILED)
     except KeyboardInterrupt:
-        return _complain("cancelled", INTERRUPTED)
-    return _report(options, images, result)
+        return _fail("cancelled", INTERRUPTED)
+    return _report(options, screen, result)
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="autoglm", description="Ask an AutoGLM server what to do on a screen.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    ask = commands.add_parser("ask", help="send a screen and a task; print the thought and the action")
-    ask.add_argument("task", nargs="?", default="", help="what to do, in words; may be left out beside --audio")
-    ask.add_argument("--image", action="append", default=[], metavar="FILE", help="a screenshot; may be repeated")
-    ask.add_argument("--audio", action="append", default=[], metavar="FILE", help="a spoken task; may be repeated")
-    ask.add_argument("--record", type=float, default=0.0, metavar="SECONDS", help="speak the task into the microphone")
-    ask.add_argument("--audio-mode", choices=("transcript", "bridge"), help="how it is heard (as the server is set)")
+    ask = commands.add_parser("ask", help="send a screenshot and a task; print the thought and the action")
+    ask.add_argument("task", nargs="?", default="", help="the task in words; optional with --audio or --record")
+    ask.add_argument("--image", action="append", default=[], metavar="FILE", help="a screenshot; can be repeated")
+    ask.add_argument("--audio", action="append", default=[], metavar="FILE", help="a spoken task; can be repeated")
+    ask.add_argument("--record", type=float, default=0.0, metavar="SECONDS", help="record the task with the microphone")
+    ask.add_argument("--audio-mode", choices=("transcript", "bridge"), help="overrides the server's mode")
     ask.add_argument("--system", type=Path, metavar="FILE", help="a file with the system prompt")
     ask.add_argument("--server", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC address (%(default)s)")
     ask.add_argument("--max-tokens", type=int, metavar="N")
-    ask.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    ask.add_argument(
-        "--response-format", metavar="FORMAT", help="phone_action, json_object, or a JSON file with OpenAI's object"
-    )
-    ask.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="for the whole answer (%(default)s)"
-    )
+    ask.add_argument("--temperature", type=float, metavar="T", help="0: greedy decoding")
+    ask.add_argument("--response-format", metavar="FORMAT", help="phone_action, json_object or a JSON file")
+    ask.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of the request (%(default)s)")
     ask.add_argument("--draw", type=Path, metavar="FILE", help="save the last image with the action drawn on it")
     output = ask.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object instead")
-    output.add_argument("--quiet", action="store_true", help="print the action only")
+    output.add_argument("--quiet", action="store_true", help="print only the action")
     _add_plug_ins(commands)
     options = parser.parse_args(argv)
     if hasattr(options, "run"):
@@ -88,11 +78,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.draw and not options.image:
         ask.error("--draw needs an --image to draw on")
     if options.timeout <= 0:
-        ask.error("--timeout must be positive")
+        ask.error(f"--timeout must be positive (got {options.timeout:g})")
     if options.record < 0:
-        ask.error("--record must be positive")
+        ask.error(f"--record must be positive (got {options.record:g})")
     if not (options.task or options.audio or options.record):
-        ask.error("there is no task: neither words nor --audio nor --record")
+        ask.error("the task is missing: give it in words, with --audio or with --record")
     return options
 
 
@@ -101,81 +91,95 @@ def _add_plug_ins(commands: Any) -> None:
     for plug_in in found:
         plug_in.load()(commands)
     if "cache" not in found.names:
-        cache = commands.add_parser("cache", help="needs the server's own package on this machine")
+        cache = commands.add_parser("cache", help="requires the package autoglm-triton")
         cache.add_argument("arguments", nargs=argparse.REMAINDER)
-        missing = "cache: the package autoglm-triton is not installed beside this client"
-        cache.set_defaults(run=lambda _: _complain(missing, USAGE))
+        missing = "cache requires the package autoglm-triton, which is not installed"
+        cache.set_defaults(run=lambda _: _fail(missing, INVALID_ARGUMENTS))
 
 
-def _check_drawing(images: list[bytes], target: Path) -> None:
-    """Find out before asking that there will be nothing to draw on or no file to draw into."""
+def _read(option: str, path: Path) -> bytes:
     try:
-        Image.open(io.BytesIO(images[-1]))
-    except UnidentifiedImageError:
-        raise ValueError("--draw: the last --image is not an image file") from None
-    if target.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--draw: {target.name} has no ending of an image format, such as .png")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{option} must be a readable file (got {path}: {error.strerror})") from error
+
+
+def _read_text(option: str, path: Path) -> str:
+    try:
+        return _read(option, path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} must be a text file in UTF-8 (got {path})") from error
+
+
+def _screen_to_draw_on(options: argparse.Namespace, images: list[bytes]) -> Image.Image:
+    """Check before the request that the action can be drawn and saved."""
+    target: Path = options.draw
+    if _asks_for_json(options):
+        raise ValueError("--draw must not be combined with JSON answers: they contain no action to draw")
+    try:
+        screen = Image.open(io.BytesIO(images[-1]))
+        screen.load()
+    except Exception as error:  # Pillow raises errors of many types
+        raise ValueError(f"--draw needs a valid image file (got {options.image[-1]})") from error
+    if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--draw must have the extension of an image format, such as .png (got {target.name})")
     if not target.parent.is_dir():
-        raise ValueError(f"--draw: there is no directory {target.parent}")
+        raise ValueError(f"--draw must be in an existing directory (got {target})")
+    return screen
 
 
 def _response_format(given: str | None) -> Any:
-    """The request's option for what the command line says. Raises OSError or ValueError."""
+    """The value of the request's option. Raises ValueError."""
     if given is None:
         return None
     if given in ("phone_action", "json_object"):
         return {"type": given}
     try:
-        return json.loads(Path(given).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--response-format: {given} is no JSON file: {error}") from None
+        return json.loads(_read_text("--response-format", Path(given)))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"--response-format must be valid JSON (got {given}: error at {where})") from error
 
 
 def _asks_for_json(options: argparse.Namespace) -> bool:
-    wanted = options.response_format
-    return isinstance(wanted, dict) and wanted.get("type") in JSON_FORMATS
+    requested = options.response_format
+    return isinstance(requested, dict) and requested.get("type") in JSON_FORMATS
 
 
-def _ask(options: argparse.Namespace, images: list[bytes], sounds: list[bytes], system: str | None) -> Result:
-    question: dict[str, Any] = {"prompt": options.task}
+def _ask(options: argparse.Namespace, images: list[bytes], clips: list[bytes], system: str | None) -> Result:
+    chat: dict[str, Any] = {"prompt": options.task}
     if system is not None:
-        kinds = ["image"] * len(images) + ["audio"] * len(sounds)
-        parts = [*({"type": kind} for kind in kinds), *([{"type": "text", "text": options.task}] * bool(options.task))]
-        question = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": parts}]}
-    sampling = {
-        "max_tokens": options.max_tokens,
-        "temperature": options.temperature,
-        "audio_mode": options.audio_mode,
-        "response_format": options.response_format,
-    }
-    # Leaving these blocks, also by Ctrl-C, stops the request on the server.
+        types = ["image"] * len(images) + ["audio"] * len(clips)
+        parts = [*({"type": each} for each in types), *([{"type": "text", "text": options.task}] * bool(options.task))]
+        chat = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": parts}]}
+    names = ("max_tokens", "temperature", "audio_mode", "response_format")
+    sampling = {name: getattr(options, name) for name in names}
+    # Leaving these blocks, by Ctrl-C as well, stops the request on the server.
     with (
         Client(options.server, timeout=options.timeout) as client,
-        client.stream(images=images, audio=sounds, **question, **sampling) as stream,
+        client.stream(images=images, audio=clips, **chat, **sampling) as stream,
     ):
         if not (options.quiet or options.json or _asks_for_json(options)):
-            _show_thought(stream)
+            _print_thought(stream)
         return stream.result()
 
 
-def _show_thought(stream: Stream) -> None:
-    """Print the thought as it comes, and end its line however the stream ends."""
-    shown = ThoughtFilter()
-    begun = False
+def _print_thought(stream: Stream) -> None:
+    """Print the thought as it arrives, and terminate its line even if the stream fails."""
+    thought = ThoughtFilter()
+    printed = ""
     try:
         for piece in stream:
-            text = shown.feed(piece.text)
-            begun = begun or bool(text)
-            print(text, end="", flush=True)
-        text = shown.end()
-        begun = begun or bool(text)
-        print(text, end="")
+            print(text := thought.feed(piece.text), end="", flush=True)
+            printed += text
+        print(text := thought.end(), end="")
+        printed += text
     finally:
-        if begun:
+        if printed:
             print(flush=True)
 
 
-def _report(options: argparse.Namespace, images: list[bytes], result: Result) -> int:
+def _report(options: argparse.Namespace, screen: Image.Image | None, result: Result) -> int:
     action = result.action
     if options.json:
         print(json.dumps(_as_json(result), ensure_ascii=False))
@@ -185,17 +189,20 @@ def _report(options: argparse.Namespace, images: list[bytes], result: Result) ->
         print(action)
     if not (options.quiet or options.json):
         for transcript in result.transcripts:
-            print(f"heard: {transcript}", file=sys.stderr)
+            print(f"transcript: {transcript}", file=sys.stderr)
         print(_timing(result), file=sys.stderr)
     if _asks_for_json(options):
-        return OK if result.finish_reason == "stop" else _complain(f"ended early: {result.finish_reason}", FAILED)
+        return (
+            OK if result.finish_reason == "stop" else _fail(f"the answer was cut off ({result.finish_reason})", FAILED)
+        )
     if not action:
-        return _complain(f"the answer holds no action ({result.action_error}): {result.text[-200:]!r}", FAILED)
-    if options.draw:
+        return _fail(f"the answer cannot be parsed: {result.action_error} (got {result.text[-200:]!r})", FAILED)
+    if screen:
         try:
-            draw(Image.open(io.BytesIO(images[-1])), action).save(options.draw)
+            draw(screen, action).save(options.draw)
         except OSError as error:
-            return _complain(f"--draw: {error}", USAGE)
+            reason = error.strerror or "unsupported format"
+            return _fail(f"--draw must be a writable file (got {options.draw}: {reason})", INVALID_ARGUMENTS)
     return OK
 
 
@@ -215,18 +222,17 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 def _timing(result: Result) -> str:
     usage = result.usage
-    heard = f"{usage.audio_tokens} audio, " if usage.audio_tokens else ""
-    tokens = f"{usage.image_tokens} image, {heard}{usage.cached_tokens} cached"
-    listening = f"audio {usage.audio_ms:.0f}, " if result.transcripts or usage.audio_tokens else ""
+    audio = f"{usage.audio_tokens} audio, " if usage.audio_tokens else ""
+    audio_ms = f"audio {usage.audio_ms:.0f}, " if result.transcripts or usage.audio_tokens else ""
     return (
         f"{result.finish_reason}: first piece {result.first_piece_seconds:.2f} s, total {result.total_seconds:.2f} s; "
-        f"prompt {usage.prompt_tokens} tokens ({tokens}), "
+        f"prompt {usage.prompt_tokens} tokens ({usage.image_tokens} image, {audio}{usage.cached_tokens} cached), "
         f"answer {usage.completion_tokens}; ms: queue {usage.queue_ms:.0f}, preprocess {usage.preprocess_ms:.0f}, "
-        f"vision {usage.vision_ms:.0f}, {listening}prefill {usage.prefill_ms:.0f}, decode {usage.decode_ms:.0f}"
+        f"vision {usage.vision_ms:.0f}, {audio_ms}prefill {usage.prefill_ms:.0f}, decode {usage.decode_ms:.0f}"
     )
 
 
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"autoglm: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -1,6 +1,4 @@
-"""Drawing an action on the screen that it belongs to."""
-
-from __future__ import annotations
+"""Draws actions on screenshots."""
 
 import math
 from functools import lru_cache
@@ -10,33 +8,27 @@ from PIL import Image, ImageDraw, ImageFont
 from autoglm_client.actions import Action, DoubleTap, Finish, LongPress, Swipe, Tap
 
 INK = (230, 0, 70)
-# Every mark is drawn three times, each time thinner: dark, light, ink. So it stands out on any ground.
+# Every shape is drawn in three layers (dark, light, ink), each thinner, to be visible on any background.
 DARK, LIGHT = (0, 0, 0), (255, 255, 255)
 
-# Fonts with Chinese, as Linux distributions, Windows and macOS name them.
+# Fonts with Chinese glyphs on Linux, Windows and macOS.
 _FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-    "msyh.ttc",
-    "PingFang.ttc",
-    "DejaVuSans.ttf",
-)
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf", "msyh.ttc", "PingFang.ttc", "DejaVuSans.ttf",
+)  # fmt: skip
 
 Pixel = tuple[float, float]
 
 
 def draw(image: Image.Image, action: Action) -> Image.Image:
-    """A copy of `image` (RGB) with `action` on it.
+    """Draw `action` on an RGB copy of `image`.
 
-    Places get a ring (two for a double tap, a filled one for a long press), a swipe gets an arrow, and actions with
-    words or without a place get a caption at the bottom.
+    A tap is a ring (a double tap two, a long press a filled one), a swipe an arrow. A caption at the bottom has a tap's
+    message, or the name and words of another action.
     """
     screen = image.convert("RGB")
     pen = ImageDraw.Draw(screen)
-    unit = max(2.0, min(screen.size) / 150)  # marks grow with the screen
+    unit = max(2.0, min(screen.size) / 150)  # shapes scale with the screen
     if isinstance(action, (Tap, DoubleTap, LongPress)):
         _ring(pen, action.element.to_pixels(screen.size), unit, action)
         caption = (action.message or "") if isinstance(action, Tap) else action.NAME
@@ -91,7 +83,7 @@ def _caption(pen: ImageDraw.ImageDraw, size: tuple[int, int], text: str, unit: f
 
 
 def _layers(unit: float) -> tuple[tuple[tuple[int, int, int], float], ...]:
-    """Colours and line widths, from the widest to the thinnest."""
+    """Colours and line widths, widest first."""
     return (DARK, 3 * unit), (LIGHT, 2 * unit), (INK, unit)
 
 
@@ -100,7 +92,7 @@ def _square(center: Pixel, radius: float) -> tuple[float, float, float, float]:
 
 
 def _wrapped(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """`text` in lines no wider than `width` pixels, four at the most, broken anywhere (Chinese has no spaces)."""
+    """`text` in at most four lines of at most `width` pixels, broken anywhere (Chinese has no spaces)."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -1,6 +1,4 @@
-"""What the client raises, and how the faults that the network reports become one of these."""
-
-from __future__ import annotations
+"""Exceptions of the client, and their mapping from gRPC statuses and the server's error texts."""
 
 import re
 
@@ -8,40 +6,46 @@ import grpc
 
 
 class AutoGLMError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base class of the client's exceptions. third_party: whether the message is gRPC's or Triton's own text."""
+
+    def __init__(self, message: str, *, third_party: bool = False) -> None:
+        super().__init__(message)
+        self.third_party = third_party
 
 
 class InvalidRequest(AutoGLMError):
-    """The request itself is wrong; sending it again will fail again."""
+    """The request is invalid; retrying it fails again."""
 
 
 class ServerUnavailable(AutoGLMError):
-    """No server there, not ready, or too busy; the same request may succeed later."""
+    """The server is unreachable, not ready or overloaded; the same request may succeed later."""
 
 
 class RequestTimeout(AutoGLMError):
-    """No first piece, or no end, within the time allowed."""
+    """The first piece or the end of the answer did not arrive in time."""
 
 
 class Cancelled(AutoGLMError):
-    """The request was cancelled, here or by a stop request of somebody else."""
+    """The request was cancelled, by this client or by a stop request of another one."""
 
 
 class ServerError(AutoGLMError):
     """The server failed."""
 
 
-class Unreadable(ServerError):
-    """The server answered, and goes on answering, what this client cannot read."""
+class MalformedResponse(ServerError):
+    """A response cannot be decoded; the server may still be working on the request."""
 
 
 class ActionError(AutoGLMError, ValueError):
-    """A text is not in the action language. `position` is the offset of the fault in that text."""
+    """A text is not in the action language. `position` is the offset of the error in the text."""
 
     def __init__(self, message: str, position: int) -> None:
         super().__init__(f"{message}, at character {position}")
         self.position = position
 
+
+TIMED_OUT = "the answer was not complete within the request's timeout"
 
 _BY_CODE: dict[str, type[AutoGLMError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
@@ -56,34 +60,40 @@ _BY_CODE: dict[str, type[AutoGLMError]] = {
 _CODED = re.compile(rf"({'|'.join(_BY_CODE)}): ")
 _DECORATION = re.compile(r"(?:in ensemble '[^']*', |\[request id: [^\]]*\] )+")
 _UNCAUGHT = re.compile(r"Failed to process the request\(s\) for model '[^']*', message: ")
-_NOT_NOW = re.compile(r"unknown model|no available versions|not ready|is stopping|Exceeds maximum queue size")
-_UNREACHABLE = re.compile(r"failed to connect to|connections to all backends failing", re.I)
+_RETRYABLE = re.compile(r"unknown model|no available versions|not ready|is stopping|Exceeds maximum queue size")
+
+_UNREACHABLE = re.compile(r"failed to connect to|connections to all backends failing|errors resolving", re.I)
+_LOST = re.compile(r"socket closed|connection reset|broken pipe|stream removed|endpoint closing|GOAWAY|keepalive", re.I)
+# gRPC's reports of a failed connection contain one of these keys.
+_REASONS = {
+    "Connection refused": "Connection refused",
+    "errors resolving": "unknown host",
+    "HTTP/2": "not a gRPC port",
+    "timed out": "no response",
+}
 
 
 def from_status(code: grpc.StatusCode, details: str | None, server: str) -> AutoGLMError:
-    """The error for a gRPC status which the call itself ended with."""
+    """The exception for a call that ended with this gRPC status. Texts about the connection are replaced."""
     message = details or code.name
     if code is grpc.StatusCode.UNAVAILABLE and _UNREACHABLE.search(message):
-        return ServerUnavailable(f"no server at {server} ({_connection_fault(message)})")
-    return _BY_CODE.get(code.name, ServerError)(message)
+        reason = next((reason for key, reason in _REASONS.items() if key in message), "unreachable")
+        return ServerUnavailable(f"no server at {server} ({reason})")
+    if code is grpc.StatusCode.UNAVAILABLE and _LOST.search(message):
+        return ServerUnavailable(f"the connection to {server} was lost")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return RequestTimeout(TIMED_OUT)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ServerError(f"{server} is not a Triton server")
+    error = from_text(message)
+    return _BY_CODE.get(code.name, ServerError)(message, third_party=True) if error.third_party else error
 
 
 def from_text(text: str) -> AutoGLMError:
-    """The error for the text that a stream carries: the models put a code before it, Triton itself does not."""
-    message = undecorated(text)
+    """The exception for an error text. The models prefix it with a code, which Triton and uncaught exceptions lack."""
+    message = _UNCAUGHT.sub("", _DECORATION.sub("", text, count=1), count=1)
+    message = message.split("\n\nAt:\n", 1)[0].strip()  # a traceback of the server
     coded = _CODED.match(message)
     if coded:
         return _BY_CODE[coded[1]](message[coded.end() :])
-    return ServerUnavailable(message) if _NOT_NOW.search(message) else ServerError(message)
-
-
-def undecorated(message: str) -> str:
-    """`message` without the names of ensemble, request and model instance, and without a server-side traceback."""
-    message = _DECORATION.sub("", message, count=1)
-    message = _UNCAUGHT.sub("", message, count=1)
-    return message.split("\n\nAt:\n", 1)[0].strip()
-
-
-def _connection_fault(message: str) -> str:
-    """The last and most telling part of gRPC's report, such as "Connection refused"."""
-    return re.sub(r"\s*\(\d+\)$", "", message.rsplit(": ", 1)[-1])
+    return (ServerUnavailable if _RETRYABLE.search(message) else ServerError)(message, third_party=True)

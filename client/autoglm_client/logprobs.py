@@ -1,18 +1,16 @@
-"""How sure the model was of each token: the server's LOGPROBS, read."""
-
-from __future__ import annotations
+"""Log probabilities of tokens, decoded from the server's LOGPROBS."""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from autoglm_client.errors import Unreadable
+from autoglm_client.errors import MalformedResponse
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token and the natural logarithm of its probability. `bytes` are its part of the text in UTF-8, None for a token
-    that never shows there, such as the one that ends it; `token` is the same to look at."""
+    """A token and its natural log probability. `bytes` is its part of the text in UTF-8, None if it never appears there
+    (such as the end-of-sequence token); `token` is printable."""
 
     token: str
     bytes: bytes | None
@@ -21,13 +19,13 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TokenLogprob(Alternative):
-    """A token of the answer, and the most probable tokens in its place, highest first."""
+    """A sampled token, and the most probable tokens at its position, highest first."""
 
     top: tuple[Alternative, ...]
 
 
 def read_logprobs(text: str) -> tuple[TokenLogprob, ...]:
-    """Read LOGPROBS, empty where none were asked for. Raises Unreadable when it is of another form."""
+    """Decode LOGPROBS, which is empty unless requested. Raises MalformedResponse."""
     if not text:
         return ()
     try:
@@ -35,8 +33,8 @@ def read_logprobs(text: str) -> tuple[TokenLogprob, ...]:
             TokenLogprob(*_read(item), tuple(Alternative(*_read(each)) for each in item["top_logprobs"]))
             for item in json.loads(text)
         )
-    except (ValueError, TypeError, KeyError):
-        raise Unreadable(f"LOGPROBS is no list of tokens: {text[:80]!r}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise MalformedResponse(f"LOGPROBS must be a list of tokens (got {text[:80]!r})") from error
 
 
 def _read(item: Any) -> tuple[str, bytes | None, float]:

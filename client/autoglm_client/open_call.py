@@ -1,6 +1,4 @@
-"""A request on its way, over asyncio."""
-
-from __future__ import annotations
+"""One request over asyncio."""
 
 import asyncio
 import contextlib
@@ -10,16 +8,16 @@ import grpc
 
 from autoglm_client import wire
 
-STOP_EVERY = 0.05  # seconds between two stop requests
-STOP_SECONDS = 2.0  # how long a request that has been left is told to stop
+STOP_INTERVAL = 0.05  # seconds between two stop requests
+STOP_SECONDS = 2.0  # after which the call of an abandoned request is cancelled
 
 
 class OpenCall:
-    """One request's gRPC call, which stays open until the server has ended the request.
+    """The gRPC call of one request, kept open until the server has ended the request.
 
-    An ensemble does not tell its last step that its caller has gone, so that step is told directly (`end`). A call that
-    is cancelled while the ensemble is at work can crash Triton before 24.12, so nothing here cancels it before that.
-    Messages are taken in as they come, whoever reads them when.
+    An ensemble does not propagate cancellation to its last step, so `end` sends that step a stop request. Cancelling a
+    call while its ensemble runs can crash Triton before 24.12, so `end` cancels the call only when the request has
+    stopped or STOP_SECONDS have passed. Responses are buffered as they arrive.
 
     Args:
         stub: of the server's gRPC service.
@@ -30,26 +28,26 @@ class OpenCall:
         self._stub = stub
         self._request_id: str = request.id
         self._call = stub.ModelStreamInfer(iter([request]), timeout=timeout)
-        self._messages: asyncio.Queue[Any] = asyncio.Queue()
-        # In a task of its own, because grpc cancels a call whose reading is cancelled.
+        self._responses: asyncio.Queue[Any] = asyncio.Queue()
+        # In a separate task: gRPC cancels a call when a pending read is cancelled.
         self._receiving = asyncio.ensure_future(self._receive())
-        self._receiving.add_done_callback(lambda task: task.cancelled() or task.exception())  # not to be complained of
+        self._receiving.add_done_callback(lambda task: task.cancelled() or task.exception())  # mark as retrieved
 
     async def read(self) -> Any:
-        """The next message, None behind the last one. Who is cancelled in here may read on, or `end` the call.
+        """The next response, None after the last one. A cancelled `read` can be repeated.
 
         Raises:
-            grpc.RpcError: the call has failed.
-            asyncio.CancelledError: the call has been cancelled.
+            grpc.RpcError: the call failed.
+            asyncio.CancelledError: the call was cancelled.
         """
-        message = await self._messages.get()
-        if message is not None:
-            return message
-        self._messages.put_nowait(None)  # for who reads on
+        response = await self._responses.get()
+        if response is not None:
+            return response
+        self._responses.put_nowait(None)  # for the next read
         return self._receiving.result()
 
     async def end(self) -> bool:
-        """Stop the request, which nobody waits for any more; whether the server has ended it in time."""
+        """Stop the request; returns whether the server ended it within STOP_SECONDS."""
         try:
             await asyncio.wait_for(self._stop(), STOP_SECONDS)
         except (TimeoutError, asyncio.TimeoutError, asyncio.CancelledError):
@@ -60,20 +58,20 @@ class OpenCall:
 
     async def _receive(self) -> None:
         try:
-            while (message := await self._call.read()) is not grpc.aio.EOF:
-                self._messages.put_nowait(message)
+            while (response := await self._call.read()) is not grpc.aio.EOF:
+                self._responses.put_nowait(response)
         finally:
-            self._messages.put_nowait(None)  # who is woken by it finds this task done
+            self._responses.put_nowait(None)  # its reader runs after this task is done
 
     async def _stop(self) -> None:
-        # Before the request has reached the last step, that knows of none.
+        # The last step does not find a request that has not reached it yet.
         while not await self._send_stop() and not self._call.done():
-            await asyncio.sleep(STOP_EVERY)
+            await asyncio.sleep(STOP_INTERVAL)
         await asyncio.wait([self._receiving])
 
     async def _send_stop(self) -> bool:
-        """Whether the request was there to be stopped."""
+        """Send one stop request; returns whether the server found the request."""
         call = self._stub.ModelStreamInfer(iter([wire.stop_request(self._request_id)]), timeout=STOP_SECONDS)
-        with contextlib.suppress(grpc.RpcError):  # the server is gone
-            return not [message async for message in call if message.error_message]
+        with contextlib.suppress(grpc.RpcError):  # the server is unreachable
+            return not [response async for response in call if response.error_message]
         return False

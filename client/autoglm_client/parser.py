@@ -1,6 +1,4 @@
-"""Reading the action language: a real parser, since a model's text is not to be evaluated."""
-
-from __future__ import annotations
+"""Parser of the action language. A model's text must not be passed to `eval`."""
 
 import re
 from dataclasses import MISSING, dataclass, fields
@@ -10,31 +8,31 @@ from autoglm_client.actions import COORDINATES, KINDS, Action, Finish, Point
 from autoglm_client.errors import ActionError
 from autoglm_client.thought import find_action
 
-_BY_NAME = {kind.NAME: kind for kind in KINDS}
+_DO = {name: kind for name, kind in KINDS.items() if kind is not Finish}
 _POINTS = {"element", "start", "end"}  # every other argument is a string
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model said: why, and what to do."""
+class ParsedAnswer:
+    """The thought and the action of an answer."""
 
     thought: str
     action: Action
 
 
-def parse(text: str) -> Answer:
-    """Read a model's answer, with or without its tags. Raises ActionError where the text leaves the language."""
+def parse(text: str) -> ParsedAnswer:
+    """Parse a model's answer, with or without its tags. Raises ActionError."""
     thought, offset = find_action(text)
     if offset is None:
         raise ActionError("no action: expected do(...) or finish(...)", len(text))
-    return Answer(thought, _Parser(text, offset).action())
+    return ParsedAnswer(thought, _Parser(text, offset).action())
 
 
 _SPACE = re.compile(r"\s*")
 _WORD = re.compile(r"[A-Za-z_]+")
 _BARE = re.compile(r"-?\d+(?:\.\d+)?|True|False")
 _INTEGER = re.compile(r"-?\d+")
-# A model does not always escape a quote inside a string. A quote ends the string only where the call can go on.
+# Models do not always escape quotes inside strings: a quote ends a string only if the rest continues the call.
 _AFTER_STRING = re.compile(r"\s*(?:,\s*[A-Za-z_]+\s*=|\)\s*(?:</answer>\s*)?\Z)")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\\\"'nrt])")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
@@ -60,9 +58,9 @@ class _Parser:
         if verb == "finish":
             return _build(Finish, arguments, start)
         name, position = arguments.pop("action", ("", start))
-        if name not in _BY_NAME:
-            raise ActionError(f"action: {name!r} given; allowed are {', '.join(_BY_NAME)}", position)
-        return _build(_BY_NAME[str(name)], arguments, start)
+        if name not in _DO:
+            raise ActionError(f"action must be one of {', '.join(_DO)} (got {name!r})", position)
+        return _build(_DO[str(name)], arguments, start)
 
     def _arguments(self) -> dict[str, tuple[str | Point, int]]:
         arguments: dict[str, tuple[str | Point, int]] = {}
@@ -73,7 +71,7 @@ class _Parser:
             position = self._at
             name = self._word()
             if name in arguments:
-                raise ActionError(f"{name}: given twice", position)
+                raise ActionError(f"{name} is given twice", position)
             self._expect("=")
             self._space()
             position = self._at
@@ -97,10 +95,10 @@ class _Parser:
         self._space()
         number = _INTEGER.match(self._text, self._at)
         if not number:
-            self._fail("expected a whole number")
+            self._fail("expected an integer")
         value = int(number[0])
         if not 0 <= value < COORDINATES:
-            self._fail(f"coordinate {value} given; allowed are 0 to {COORDINATES - 1}")
+            self._fail(f"coordinates must be between 0 and {COORDINATES - 1} (got {value})")
         self._at = number.end()
         return value
 
@@ -130,7 +128,7 @@ class _Parser:
             at += 1
         if first < 0:
             self._fail("the string is not closed")
-        return first  # what is wrong comes after it
+        return first  # the error is after it
 
     def _word(self) -> str:
         self._space()

@@ -1,22 +1,19 @@
-"""What comes back: pieces while it streams, a result at the end."""
-
-from __future__ import annotations
+"""Pieces and results of answers."""
 
 import json
 import time
 from dataclasses import dataclass, field, fields
 
 from autoglm_client.actions import Action
-from autoglm_client.errors import ActionError, Cancelled, RequestTimeout, ServerError
+from autoglm_client.errors import ActionError, ServerError
 from autoglm_client.logprobs import TokenLogprob, read_logprobs
-from autoglm_client.parser import Answer, parse
+from autoglm_client.parser import ParsedAnswer, parse
 from autoglm_client.thought import find_action
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the answer: its text, the ids of the tokens that it is made of, and their log probabilities if the
-    request asks for them."""
+    """A part of a streamed answer: text, its token ids, and their log probabilities if requested."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -25,7 +22,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Usage:
-    """The server's account of one request: tokens, and milliseconds by stage."""
+    """Tokens of one request, and milliseconds by stage, measured by the server."""
 
     prompt_tokens: int = 0
     image_tokens: int = 0
@@ -40,23 +37,22 @@ class Usage:
     decode_ms: float = 0.0
 
     @classmethod
-    def from_json(cls, text: str) -> Usage:
-        """Read USAGE; keys of a newer server are left aside. Raises ServerError when it is no JSON object."""
+    def from_json(cls, text: str) -> "Usage":
+        """Decode USAGE; keys of newer servers are ignored. Raises ServerError."""
         try:
             values = json.loads(text)
         except ValueError:
             values = None
         if not isinstance(values, dict):
-            raise ServerError(f"USAGE is not a JSON object: {text[:80]!r}")
+            raise ServerError(f"USAGE must be a JSON object (got {text[:80]!r})")
         known = {f.name for f in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True)
 class Result:
-    """A complete answer. `finish_reason` is "stop" or "length"; seconds are measured by the client; `transcripts` are
-    what the server heard, one for each sound that was transcribed; `logprobs` has one item for each token if the
-    request asks for them."""
+    """A complete answer. `finish_reason` is "stop" or "length", the seconds are measured by the client, `transcripts`
+    has one item for each transcribed clip, `logprobs` one for each token if requested."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -75,17 +71,17 @@ class Result:
 
     @property
     def action(self) -> Action | None:
-        """The action, or None when the text holds none that can be read (`action_error` says why)."""
+        """The action, or None if the text contains no valid one; `action_error` is the reason."""
         answer = self._parsed()
-        return answer.action if isinstance(answer, Answer) else None
+        return answer.action if isinstance(answer, ParsedAnswer) else None
 
     @property
     def action_error(self) -> ActionError | None:
-        """Why there is no action."""
+        """The error in the text, None if it contains a valid action."""
         answer = self._parsed()
         return answer if isinstance(answer, ActionError) else None
 
-    def _parsed(self) -> Answer | ActionError:
+    def _parsed(self) -> ParsedAnswer | ActionError:
         try:
             return parse(self.text)
         except ActionError as error:
@@ -94,8 +90,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Response:
-    """One response of the server, decoded; `finish_reason` and `usage` are empty until the last, `transcripts` come
-    with the first; `logprobs` is JSON, empty unless asked for."""
+    """A decoded response of the server. The last one has `finish_reason` and `usage` (JSON), the first one
+    `transcripts`; `logprobs` is JSON, empty unless requested."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -106,48 +102,41 @@ class Response:
 
 
 @dataclass
-class Transcript:
-    """Gathers the responses of one request."""
+class ResponseCollector:
+    """Collects the responses to one request."""
 
     request_id: str
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
-    _heard: list[str] = field(default_factory=list)
+    _transcripts: list[str] = field(default_factory=list)
     _last: Response = field(default_factory=Response)
-    _begun: float = field(default_factory=time.perf_counter)
+    _start_time: float = field(default_factory=time.perf_counter)
     _first_piece_seconds: float = 0.0
 
     @property
     def text(self) -> str:
-        """Everything that has come so far."""
+        """The text received so far."""
         return "".join(self._texts)
 
     def add(self, response: Response) -> Piece | None:
-        """Take a response in; the piece to hand out, or None when it carries no new text and no tokens.
-
-        Raises Cancelled or RequestTimeout when the server says that it ended the request for that reason, Unreadable
-        when log probabilities cannot be read.
-        """
-        if response.finish_reason == "cancelled":
-            raise Cancelled("the server was told to stop this request")
-        if response.finish_reason == "timeout":
-            raise RequestTimeout("the request's time ran out on the server")
+        """Add a response; returns its piece, or None if it has neither text nor tokens. Raises MalformedResponse if the
+        log probabilities cannot be decoded."""
         logprobs = read_logprobs(response.logprobs)
-        self._heard.extend(response.transcripts)
+        self._transcripts.extend(response.transcripts)
         if response.finish_reason:
             self._last = response
         if not response.text and not response.token_ids:
             return None
         if not self._texts:
-            self._first_piece_seconds = time.perf_counter() - self._begun
+            self._first_piece_seconds = time.perf_counter() - self._start_time
         self._texts.append(response.text)
         self._token_ids.extend(response.token_ids)
         self._logprobs.extend(logprobs)
         return Piece(response.text, response.token_ids, logprobs)
 
     def result(self) -> Result:
-        """The complete answer. Raises ServerError when the stream ended before a finish reason."""
+        """The complete answer. Raises ServerError if no response had a finish reason."""
         if not self._last.finish_reason:
             raise ServerError("the stream ended without a finish reason")
         return Result(
@@ -157,7 +146,7 @@ class Transcript:
             usage=Usage.from_json(self._last.usage),
             request_id=self.request_id,
             first_piece_seconds=self._first_piece_seconds,
-            total_seconds=time.perf_counter() - self._begun,
-            transcripts=tuple(self._heard),
+            total_seconds=time.perf_counter() - self._start_time,
+            transcripts=tuple(self._transcripts),
             logprobs=tuple(self._logprobs),
         )

@@ -1,21 +1,19 @@
-"""Where the thought of an answer ends and its action begins."""
-
-from __future__ import annotations
+"""Separates the thought of an answer from its action."""
 
 import re
 
 _TAGGED_CALL = re.compile(r"<answer>\s*(?=(?:do|finish)\s*\()")
 _BARE_CALL = re.compile(r"do\(\s*\w+\s*=|finish\(\s*(?:message\s*=|\))")
-# Agents store their history with the tags doubled: `<think><think>..</think>\n<answer></think><answer>do(..)`.
+# Agents store their history with doubled tags: `<think><think>..</think>\n<answer></think><answer>do(..)`.
 _LEADING = re.compile(r"^(?:\s|<think>)+")
 _TRAILING = re.compile(r"(?:\s|</?think>|</?answer>)+$")
 _TAG = re.compile(r"</?think>")
 _END_OF_THOUGHT = re.compile(r"<answer>|do\(action=|finish\(message=")
-_MARKS = ("<think>", "</think>", "<answer>", "do(action=", "finish(message=")
+_MARKERS = ("<think>", "</think>", "<answer>", "do(action=", "finish(message=")
 
 
 def find_action(text: str) -> tuple[str, int | None]:
-    """The thought without its tags, and the offset at which `do(` or `finish(` begins (None: there is no call)."""
+    """The thought without its tags, and the offset of `do(` or `finish(` (None: not found)."""
     tagged = _TAGGED_CALL.search(text)
     if tagged:
         return _clean(text[: tagged.start()]), tagged.end()
@@ -30,29 +28,29 @@ def _clean(thought: str) -> str:
 
 
 class ThoughtFilter:
-    """Turns the pieces of a streamed answer into the thought alone, for showing it while it comes."""
+    """Extracts the thought from the pieces of a streamed answer."""
 
     def __init__(self) -> None:
         self._text = ""
         self._shown = 0
 
     def feed(self, piece: str) -> str:
-        """The part of the thought that `piece` makes certain: what may still become a tag or a call is held back."""
+        """Add a piece; returns new text of the thought. Text that may begin a tag or a call is held back."""
         self._text += piece
         return self._newly_certain(len(self._text) - self._uncertain())
 
     def end(self) -> str:
-        """What was held back, now that no more comes."""
+        """End the answer; returns the text that was held back."""
         return self._newly_certain(len(self._text))
 
     def _newly_certain(self, length: int) -> str:
-        mark = _END_OF_THOUGHT.search(self._text)
-        thought = _TAG.sub("", self._text[: mark.start() if mark else length]).strip()
+        end = _END_OF_THOUGHT.search(self._text)
+        thought = _TAG.sub("", self._text[: end.start() if end else length]).strip()
         new = thought[self._shown :]
         self._shown = max(self._shown, len(thought))
         return new
 
     def _uncertain(self) -> int:
-        """Length of the longest end of the text that is a beginning of some mark."""
-        longest = min(len(self._text), max(map(len, _MARKS)) - 1)
-        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._text[-n:]) for m in _MARKS)), 0)
+        """Length of the longest suffix of the text that is a prefix of a marker."""
+        longest = min(len(self._text), max(map(len, _MARKERS)) - 1)
+        return next((n for n in range(longest, 0, -1) if any(m.startswith(self._text[-n:]) for m in _MARKERS)), 0)

@@ -1,6 +1,4 @@
-"""Requests and responses in the form in which they travel: KServe protobufs of the ensemble's tensors."""
-
-from __future__ import annotations
+"""Requests and responses as KServe protobufs of the ensemble's tensors."""
 
 import json
 import struct
@@ -11,25 +9,24 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from autoglm_client.errors import InvalidRequest, Unreadable, from_text
-from autoglm_client.images import ImageSource, image_bytes
+from autoglm_client.errors import TIMED_OUT, Cancelled, InvalidRequest, MalformedResponse, RequestTimeout, from_text
+from autoglm_client.media import AudioSource, ImageSource, audio_bytes, image_bytes
 from autoglm_client.result import Response
-from autoglm_client.sounds import AudioSource, audio_bytes
 
 ENSEMBLE = "ensemble"
-LANGUAGE_MODEL = "autoglm_llm"  # the ensemble's last step, which a stop request is sent to
+LANGUAGE_MODEL = "autoglm_llm"  # the last step of the ensemble, which handles stop requests
 
 Messages = str | Sequence[Mapping[str, Any]]
 SamplingValue = str | int | float | bool | Sequence[str] | Sequence[int] | Mapping[str, Any] | None
 
-# Triton takes a gRPC parameter called `priority` for its own scheduler and hides it from the models.
+# Triton consumes a gRPC parameter called `priority` in its own scheduler and hides it from the models.
 _SENT_AS = {"priority": "request_priority"}
 _RESERVED = {"sequence_id", "sequence_start", "sequence_end", "headers", "binary_data_output"}
 
 
 def channel_options(connect_timeout: float) -> list[tuple[str, int]]:
-    """Options of a channel that carries screenshots, gives up connecting after `connect_timeout` seconds,
-    and finds a restarted server again within two seconds."""
+    """gRPC channel options: messages of any size, `connect_timeout` in seconds, and reconnection to a restarted server
+    within two seconds."""
     return [
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
@@ -41,44 +38,43 @@ def channel_options(connect_timeout: float) -> list[tuple[str, int]]:
 
 
 def inference_request(
-    messages: Messages | None,
-    prompt: str | None,
-    images: Iterable[ImageSource],
-    audio: Iterable[AudioSource],
-    sampling: Mapping[str, SamplingValue],
-    request_id: str | None,
+    options: Mapping[str, SamplingValue],
     *,
+    messages: Messages | None = None,
+    prompt: str | None = None,
+    images: Iterable[ImageSource] = (),
+    audio: Iterable[AudioSource] = (),
+    request_id: str | None = None,
     stream: bool,
     timeout: float,
 ) -> Any:
     """The ModelInferRequest for one answer. `timeout` is in seconds.
 
-    Raises InvalidRequest for what can be seen from here; the rest is for the server to judge.
+    Raises InvalidRequest if the request cannot be encoded; the server validates the rest.
     """
     if (messages is None) == (prompt is None):
-        raise InvalidRequest("exactly one of messages and prompt must be given")
+        got = "neither" if messages is None else "both"
+        raise InvalidRequest(f"exactly one of messages and prompt must be given (got {got})")
     request = service_pb2.ModelInferRequest(model_name=ENSEMBLE, id=request_id or uuid.uuid4().hex)
     if messages is not None:
-        _add_strings(request, "MESSAGES", [_chat(messages).encode()])
+        text = messages if isinstance(messages, str) else _json("messages", messages)
+        _add_strings(request, "MESSAGES", [_utf8("messages", text)])
     else:
-        _add_strings(request, "PROMPT", [str(prompt).encode()])
-    files = [image_bytes(image) for image in images]
-    if files:
-        _add_strings(request, "IMAGES", files)
-    sounds = [audio_bytes(sound) for sound in audio]
-    if sounds:
-        _add_strings(request, "AUDIO", sounds)
+        _add_strings(request, "PROMPT", [_utf8("prompt", str(prompt))])
+    for name, files in (("IMAGES", list(map(image_bytes, images))), ("AUDIO", list(map(audio_bytes, audio)))):
+        if files:
+            _add_strings(request, name, files)
     request.parameters["stream"].bool_param = stream
     request.parameters["timeout"].int64_param = max(1, round(timeout * 1e6))
-    for name, value in sampling.items():
+    for name, value in options.items():
         if value is not None:
             _add_parameter(request, name, value)
     return request
 
 
 def stop_request(request_id: str) -> Any:
-    """The ModelInferRequest that ends the running request of that id: a cancelled call does not reach the last step
-    of an ensemble, so it is told directly."""
+    """The ModelInferRequest that stops a running request. It is for the last step of the ensemble, which the
+    cancellation of a call does not reach."""
     request = service_pb2.ModelInferRequest(model_name=LANGUAGE_MODEL, id=request_id)
     request.inputs.add(name="PROMPT_IDS", datatype="INT32", shape=[0])
     request.raw_input_contents.append(b"")
@@ -87,10 +83,11 @@ def stop_request(request_id: str) -> Any:
 
 
 def read_response(message: Any) -> Response:
-    """Decode a ModelStreamInferResponse. Raises the error which it carries.
+    """Decode a ModelStreamInferResponse. Raises the AutoGLMError that it carries, or MalformedResponse. The finish
+    reasons "cancelled" and "timeout" are errors, too.
 
-    Triton can report errors as gRPC statuses instead (header `triton_grpc_error`), but release 24.10 dies of it: after
-    some ten errors the whole server ends with a segmentation fault.
+    Triton can report errors as gRPC statuses instead (header `triton_grpc_error`), but release 24.10 crashes with a
+    segmentation fault after about ten such errors.
     """
     if message.error_message:
         raise from_text(message.error_message)
@@ -98,7 +95,7 @@ def read_response(message: Any) -> Response:
     try:
         contents = zip(response.outputs, response.raw_output_contents, strict=True)
         raw = {output.name: content for output, content in contents}
-        return Response(
+        decoded = Response(
             text=_string(raw.get("TEXT")),
             token_ids=tuple(np.frombuffer(raw.get("TOKEN_IDS", b""), dtype="<i4").tolist()),
             finish_reason=_string(raw.get("FINISH_REASON")),
@@ -107,16 +104,29 @@ def read_response(message: Any) -> Response:
             logprobs=_string(raw.get("LOGPROBS")),
         )
     except (ValueError, struct.error) as error:
-        raise Unreadable(f"a response cannot be read: {error}") from None
+        raise MalformedResponse("the server sent a response that cannot be decoded") from error
+    if decoded.finish_reason == "cancelled":
+        raise Cancelled("the request was cancelled on the server")
+    if decoded.finish_reason == "timeout":
+        raise RequestTimeout(TIMED_OUT)
+    return decoded
 
 
-def _chat(messages: Messages) -> str:
-    if isinstance(messages, str):
-        return messages
+def _json(field: str, value: Any) -> str:
+    def refuse(part: Any) -> Any:
+        raise InvalidRequest(f"{field} must consist of JSON values (got {type(part).__name__})")
+
     try:
-        return json.dumps(messages, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"messages: {error}") from None
+        return json.dumps(value, ensure_ascii=False, default=refuse)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{field} must consist of JSON values without cycles, with strings as keys") from error
+
+
+def _utf8(field: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{field} must be valid Unicode text (got half of a surrogate pair)") from error
 
 
 def _add_strings(request: Any, name: str, values: list[bytes]) -> None:
@@ -128,19 +138,17 @@ def _string(raw: bytes | None) -> str:
     """The only element of a BYTES tensor."""
     if not raw:
         return ""
-    elements = _strings(raw)
-    if len(elements) != 1:
-        raise ValueError("a string tensor of more than one element")
-    return elements[0]
+    (element,) = _strings(raw)
+    return element
 
 
 def _strings(raw: bytes) -> list[str]:
-    """The elements of a BYTES tensor: of each its length in 4 bytes, then UTF-8."""
+    """The elements of a BYTES tensor: for each its length in 4 bytes, then UTF-8."""
     elements = []
     while raw:
         (length,) = struct.unpack_from("<I", raw)
         if length + 4 > len(raw):
-            raise ValueError("a string tensor that ends early")
+            raise ValueError("truncated BYTES tensor")
         elements.append(raw[4 : 4 + length].decode("utf-8"))
         raw = raw[4 + length :]
     return elements
@@ -148,19 +156,18 @@ def _strings(raw: bytes) -> list[str]:
 
 def _add_parameter(request: Any, name: str, value: SamplingValue) -> None:
     if name in _RESERVED or name.startswith("triton_"):
-        raise InvalidRequest(f"{name}: not a sampling option")
+        raise InvalidRequest(f"{name} is not a sampling option")
     parameter = request.parameters[_SENT_AS.get(name, name)]
-    try:
-        if isinstance(value, bool):
-            parameter.bool_param = value
-        elif isinstance(value, int):
-            parameter.int64_param = value
-        elif isinstance(value, float):
-            parameter.double_param = value
-        elif isinstance(value, str):
-            parameter.string_param = value
-        else:  # parameters are scalars: an object or a list travels as JSON
-            plain = dict(value) if isinstance(value, Mapping) else list(value or ())
-            parameter.string_param = json.dumps(plain, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{name}: {str(value)[:80]} given; {error}") from None
+    if isinstance(value, bool):
+        parameter.bool_param = value
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise InvalidRequest(f"{name} must be a 64-bit integer (got {value})")
+        parameter.int64_param = value
+    elif isinstance(value, float):
+        parameter.double_param = value
+    elif isinstance(value, str):
+        parameter.string_param = _utf8(name, value)
+    else:  # parameters are scalars: objects and lists are sent as JSON
+        plain = dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, Iterable) else value
+        parameter.string_param = _utf8(name, _json(name, plain))

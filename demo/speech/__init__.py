@@ -1,1 +1,1 @@
-"""Speech for the demo checkpoint: a small Wav2Vec2 and a bridge, trained on commands that synthetic voices speak."""
+"""Speech for the demo checkpoint: a small Wav2Vec2 and a bridge, trained on synthesized commands."""

@@ -1,11 +1,8 @@
-"""What users say to the demo: intents, their wordings, and the wording that the bridge turns each into.
+"""Spoken commands: intents, their wordings, and the plain wording that the bridge outputs for each.
 
-A command is of one language. A wording is a form between an opening and a closing; some wordings are held out: training
-never hears them, though it hears their words. It also hears words that make no command, in any order, or else it would
-learn sentences by heart instead of listening.
+A wording is an opening, a form and a closing. Some wordings are held out from training, which has all of their words.
+Training also has random sequences of words; without them the model memorizes sentences.
 """
-
-from __future__ import annotations
 
 import itertools
 import random
@@ -17,7 +14,7 @@ from functools import cache
 from demo import phrases, vocabulary
 from demo.elements import Split
 from demo.screens import Screen
-from demo.tasks import OPENABLE, Asker, Task
+from demo.tasks import OPENABLE, Task, TaskSampler
 
 OPENINGS = {
     "en": ("", "please ", "now ", "could you ", "can you ", "could you please "),
@@ -82,7 +79,7 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "home": ("请返回桌面", "帮我回到桌面"),
     },
 }
-# The bridge says each intent in words that the demo's language model was trained on.
+# The bridge's output for each intent, in words that the demo's language model was trained on.
 PLAIN: dict[str, dict[str, str]] = {
     "en": {
         **{"tap": "Tap {}", "open": "Open {}", "hold": "press and hold {}", "double": "double tap {}"},
@@ -95,17 +92,16 @@ PLAIN: dict[str, dict[str, str]] = {
         "home": "回到桌面",
     },
 }
-# Kinds of tasks (demo.tasks.KINDS) that can be said: text to type may be anything, which so small an encoder cannot.
-KINDS = {"tap": 50, "hold": 6, "launch": 12, "missing": 7, "scroll": 8, "back": 3, "home": 3, "page": 9}
-PICTURES = frozenset(name for shown in (*vocabulary.ICONS.values(), vocabulary.SEARCH_FIELD) for name in shown.values())
-JUMBLED = 0.4
+# Kinds of tasks (demo.tasks.KINDS) that can be spoken. The encoder's vocabulary is too small for text to type.
+KINDS = ("tap", "hold", "launch", "missing", "scroll", "back", "home", "page")
+ICON_NAMES = frozenset(n for group in (*vocabulary.ICONS.values(), vocabulary.SEARCH_FIELD) for n in group.values())
+RANDOM_SHARE = 0.4  # of the training commands
 QUOTED = re.compile('["“](.+?)["”]')
 
 
 @dataclass(frozen=True)
 class Command:
-    """Something to say. `name` is what it is about: a label as tasks name it; empty for intents without one. Words that
-    make no command have no intent."""
+    """A command in one wording. Random words have no intent (""); the name is that of the target, if there is one."""
 
     intent: str
     language: str
@@ -114,111 +110,111 @@ class Command:
 
     @property
     def text(self) -> str:
-        """The words, which are also the right transcript: names are written as on the screen."""
-        article = "the " if self.language == "en" and self.name in PICTURES else ""
+        """The words, which are also the reference transcript."""
+        article = "the " if self.language == "en" and self.name in ICON_NAMES else ""
         return self.wording.format(article + self.name)
 
     @property
     def plain(self) -> str:
-        """The same in the words that the bridge uses; empty without an intent."""
+        """The plain wording; "" without an intent."""
         return PLAIN[self.language][self.intent].format(self.name) if self.intent else ""
 
 
 @cache
 def _held_out(language: str) -> re.Pattern[str]:
-    held_out = (re.escape(wording).replace(r"\{\}", ".+") for of in HELD_OUT[language].values() for wording in of)
+    held_out = (re.escape(wording).replace(r"\{\}", ".+") for held in HELD_OUT[language].values() for wording in held)
     return re.compile("|".join(held_out))
 
 
 @cache
 def wordings(language: str, intent: str, split: Split) -> tuple[str, ...]:
-    """All ways to say something. No word stands in both the opening and the closing; those for training contain none
-    that is held out."""
+    """All wordings of an intent. Those of training contain no held-out wording; no opening and closing share a word."""
     if split == "test":
         return HELD_OUT[language][intent]
-    ways = itertools.product(OPENINGS[language], FORMS[language][intent], CLOSINGS[language])
-    said = (o + form + c for o, form, c in ways if not set(o.split()) & set(c.split()))
-    return tuple(wording for wording in said if not _held_out(language).search(wording))
+    triples = itertools.product(OPENINGS[language], FORMS[language][intent], CLOSINGS[language])
+    composed = (o + form + c for o, form, c in triples if not set(o.split()) & set(c.split()))
+    return tuple(wording for wording in composed if not _held_out(language).search(wording))
 
 
 @cache
 def names(language: str) -> tuple[str, ...]:
-    """Everything that a command of a language can be about, in a fixed order."""
-    spoken = dict.fromkeys(vocabulary.spoken(label, language) for label in vocabulary.labels())
-    return tuple(name for name in spoken if name.isascii() == (language == "en"))
+    """The names of all targets of commands, in a fixed order."""
+    found = dict.fromkeys(vocabulary.name_of(label, language) for label in vocabulary.labels())
+    return tuple(name for name in found if name.isascii() == (language == "en"))
 
 
 def intents(name: str) -> tuple[str, ...]:
-    """Those that a name goes with: icons and the search box have no page, and only some names can be opened."""
-    return ("tap", "hold", "double", *(("page",) if name not in PICTURES else ()), *_opened(name))
+    """The intents that a name allows: icons and the search box have no page, and only some names can be opened."""
+    return ("tap", "hold", "double", *(("page",) if name not in ICON_NAMES else ()), *_open_intent(name))
 
 
-def _opened(name: str) -> tuple[str, ...]:
+def _open_intent(name: str) -> tuple[str, ...]:
     return ("open",) if name in OPENABLE else ()
 
 
-def word(intent: str, language: str, name: str, split: Split, rng: random.Random) -> Command:
-    """A command in one of its wordings."""
+def draw_wording(intent: str, language: str, name: str, split: Split, rng: random.Random) -> Command:
+    """A command in a random wording."""
     return Command(intent, language, name, rng.choice(wordings(language, intent, split)))
 
 
 @cache
-def pieces(language: str) -> tuple[str, ...]:
-    """What wordings consist of: English words, and the Chinese between which names and openings stand."""
-    forms = [form for of_intent in FORMS[language].values() for form in of_intent]
+def wording_words(language: str) -> tuple[str, ...]:
+    """The parts of wordings: English words, or Chinese texts between the names."""
+    forms = [form for intent_forms in FORMS[language].values() for form in intent_forms]
     texts = " {} ".join([*OPENINGS[language], *CLOSINGS[language], *forms]).replace("{}", " ")
     return tuple(dict.fromkeys(texts.split()))
 
 
-def jumble(language: str, rng: random.Random) -> Command:
-    """Words and names in any order, in which no held-out wording occurs."""
+def draw_random_words(language: str, rng: random.Random) -> Command:
+    """Words and names in random order, without held-out wordings."""
     while True:
         count = rng.randint(2, 7) if language == "en" else rng.randint(1, 4)
-        parts = [rng.choice(names(language) if rng.random() < 0.35 else pieces(language)) for _ in range(count)]
+        parts = [rng.choice(names(language) if rng.random() < 0.35 else wording_words(language)) for _ in range(count)]
         text = (" " if language == "en" else "").join(parts)
         if not _held_out(language).search(text):
             return Command("", language, "", text)
 
 
 def commands(count: int, split: Split, seed: int) -> Iterator[Command]:
-    """`count` commands without a screen: names go round, languages and wordings are drawn; one in seven has no name.
-    For training, JUMBLED of them are none."""
+    """Draw commands without a screen: names cycle in random order, and one command in seven has no name. For training,
+    RANDOM_SHARE of them are random words."""
     rng = random.Random(f"commands/{split}/{seed}")
     nameless = [intent for intent in PLAIN["en"] if "{}" not in PLAIN["en"][intent]]
-    waiting: dict[str, list[str]] = {language: [] for language in vocabulary.LANGUAGES}
+    remaining: dict[str, list[str]] = {language: [] for language in vocabulary.LANGUAGES}
     for _ in range(count):
         language = rng.choice(vocabulary.LANGUAGES)
-        if split == "train" and rng.random() < JUMBLED:
-            yield jumble(language, rng)
+        if split == "train" and rng.random() < RANDOM_SHARE:
+            yield draw_random_words(language, rng)
             continue
         if rng.random() < 1 / 7:
-            yield word(rng.choice(nameless), language, "", split, rng)
+            yield draw_wording(rng.choice(nameless), language, "", split, rng)
             continue
-        if not waiting[language]:
-            waiting[language] = rng.sample(names(language), len(names(language)))
-        name = waiting[language].pop()
-        chosen = rng.choice(("tap", "tap", *intents(name), *_opened(name)))
-        yield word(chosen, language, name, split, rng)
+        if not remaining[language]:
+            remaining[language] = rng.sample(names(language), len(names(language)))
+        name = remaining[language].pop()
+        intent = rng.choice(("tap", "tap", *intents(name), *_open_intent(name)))
+        yield draw_wording(intent, language, name, split, rng)
 
 
-def ask(screen: Screen, kind: str, rng: random.Random, split: Split) -> tuple[Command, Task] | None:
-    """A command on a screen with the task it stands for; None when the screen has nothing for it, or its name is of
-    another language than the screen."""
+def draw_command(screen: Screen, kind: str, rng: random.Random, split: Split) -> tuple[Command, Task] | None:
+    """Draw a task of a kind and its command; None if the screen does not allow it, or its name is not in the screen's
+    language."""
     language = screen.language
-    task: Task | None = getattr(Asker(screen, rng), kind)(language)
+    task: Task | None = getattr(TaskSampler(screen, rng), kind)(language)
     if task is None:
         return None
     if kind in ("back", "home"):
-        return word(kind, language, "", split, rng), task
+        return draw_wording(kind, language, "", split, rng), task
     if kind == "scroll":
         thoughts = phrases.THOUGHTS[language]
-        return word(next(d for d in phrases.SWIPES if thoughts[d] == task.thought), language, "", split, rng), task
-    found = QUOTED.search(task.thought)
-    name = found[1] if found else ""
+        direction = next(d for d in phrases.SWIPES if thoughts[d] == task.thought)
+        return draw_wording(direction, language, "", split, rng), task
+    quoted = QUOTED.search(task.thought)
+    name = quoted[1] if quoted else ""
     if name not in names(language):
         return None
     if kind == "hold":
-        intent = "hold" if task.kind == "Long Press" else "double"
+        intent = "hold" if task.action_type == "Long Press" else "double"
     else:
-        intent = {"launch": "open", "page": "page"}.get(kind) or rng.choice(("tap", *_opened(name)))
-    return word(intent, language, name, split, rng), task
+        intent = {"launch": "open", "page": "page"}.get(kind) or rng.choice(("tap", *_open_intent(name)))
+    return draw_wording(intent, language, name, split, rng), task

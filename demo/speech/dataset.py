@@ -1,6 +1,4 @@
-"""Spoken commands: rendered in the background, kept on the device, and drawn in batches of about equal length."""
-
-from __future__ import annotations
+"""Spoken commands: synthesized in the background, stored on the device, and batched by length."""
 
 import multiprocessing
 import random
@@ -13,84 +11,83 @@ import torch
 
 from demo.elements import Split
 from demo.speech.commands import Command, commands
-from demo.speech.rooms import Heard, listen
-from demo.speech.voices import RATE, Samples, Voice, draw, require_synthesizers, speak
+from demo.speech.rooms import ClipBatch, augment
+from demo.speech.voices import RATE, Samples, Voice, draw_voice, require_synthesizers, speak
 
 Job = tuple[Command, Voice]
-PORTION = 16_000  # clips that are spoken together
-TEMPO = 0.25  # faster or slower, at the most, in training
+CHUNK = 16_000  # clips synthesized together
+TEMPO = 0.25  # largest change of the tempo in training
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clip i is samples[starts[i] : starts[i] + lengths[i]], int16; everything but the samples is on the CPU."""
+    """Clip i is samples[starts[i] : starts[i] + lengths[i]], int16. Only the samples are on the device."""
 
     jobs: list[Job]
     samples: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
 
-    def to(self, device: torch.device) -> Clips:
+    def to(self, device: torch.device) -> "Clips":
         return replace(self, samples=self.samples.to(device))
 
     @property
     def seconds(self) -> list[float]:
         return (self.lengths / RATE).tolist()  # type: ignore[no-any-return]
 
-    def batch(self, index: list[int], generator: torch.Generator) -> Heard:
-        """Clips as they are heard in some room at some tempo; the generator is on the CPU."""
+    def batch(self, indices: list[int], generator: torch.Generator) -> ClipBatch:
+        """The clips of these indices, augmented; the generator is on the CPU."""
         device = self.samples.device
-        lengths = self.lengths[index]
-        starts, ends = (t.to(device, non_blocking=True)[:, None] for t in (self.starts[index], lengths))
-        places = torch.arange(int(lengths.max()), device=device)[None]
-        at = (starts + places).clamp(max=len(self.samples) - 1)
-        sound = self.samples[at].float() * (places < ends) / 32768
+        lengths = self.lengths[indices]
+        starts, ends = (t.to(device, non_blocking=True)[:, None] for t in (self.starts[indices], lengths))
+        offsets = torch.arange(int(lengths.max()), device=device)[None]
+        samples = self.samples[(starts + offsets).clamp(max=len(self.samples) - 1)]
         draw = float(torch.rand((), generator=generator))
-        return listen(sound, lengths, generator, 1 + TEMPO * (2 * draw - 1))
+        tempo = 1 + TEMPO * (2 * draw - 1)
+        return augment(samples.float() * (offsets < ends) / 32768, lengths, generator, tempo)
 
     def batches(self, size: int, rng: random.Random) -> list[list[int]]:
-        """Indices of batches of `size`, of about equal length, that hold every clip once, but for a rest."""
+        """Indices of batches of clips of similar length; each clip occurs at most once, a partial batch is dropped."""
         seconds = self.seconds
         order = sorted(range(len(self.jobs)), key=lambda i: seconds[i] * rng.uniform(0.9, 1.1))
         return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
 
 Batch = tuple[Clips, list[int]]
-Coming = tuple[list[Job], "AsyncResult[list[Samples]]"]
+Pending = tuple[list[Job], "AsyncResult[list[Samples]]"]
 
 
 def jobs(count: int, split: Split, seed: int = 0) -> list[Job]:
-    """Commands with their speakers; the same every time."""
+    """Draw commands with their voices; deterministic."""
     rng = random.Random(f"voices/{split}/{seed}")
-    return [(command, draw(command.language, split, rng)) for command in commands(count, split, seed)]
+    return [(command, draw_voice(command.language, split, rng)) for command in commands(count, split, seed)]
 
 
-def _render(job: Job) -> Samples:
+def _synthesize(job: Job) -> Samples:
     return speak(job[0].text, job[1])
 
 
-class Corpus:
-    """Clips of held-out commands, and those for training, of which more and more are there. Forks: to be made before
-    the device is touched."""
+class SpeechCorpus:
+    """Synthesizes clips in forked processes while training draws from those so far. Create it before CUDA is used."""
 
-    def __init__(self, held_out: int, clips: int, workers: int) -> None:
-        """Begin to have so many commands of either split spoken.
+    def __init__(self, *, num_held_out: int, num_clips: int, workers: int) -> None:
+        """Start synthesizing the held-out and the training clips.
 
         Raises:
-            SynthesizerMissing: espeak-ng or flite is not there.
+            SynthesizerMissing: espeak-ng or flite is not installed.
         """
         require_synthesizers()
         self._pool = multiprocessing.get_context("fork").Pool(workers)
-        self._held_out = self._ask(held_out, "test", 0)
-        self._portions: list[Clips] = []
-        self._missing = clips
-        self._ask_for_more()
+        self._held_out = self._start(num_held_out, "test", 0)
+        self._chunks: list[Clips] = []
+        self._num_remaining = num_clips
+        self._start_chunk()
 
-    def begin(self, device: torch.device) -> Clips:
-        """Wait until training can begin; returns what is held out."""
+    def wait(self, device: torch.device) -> Clips:
+        """Wait for the held-out clips, which are returned, and the first training clips."""
         self._device = device
         held_out = _clips(*self._held_out).to(device)
-        self._take_in()
+        self._add_chunk()
         return held_out
 
     def close(self) -> None:
@@ -98,33 +95,33 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        return sum(len(clips.jobs) for clips in self._portions)
+        return sum(len(clips.jobs) for clips in self._chunks)
 
     def epoch(self, size: int, rng: random.Random) -> Iterator[Batch]:
-        """Batches of `size`, of about equal length, that hold every clip that is there once, but for a rest."""
-        if self._coming is not None and self._coming[1].ready():
-            self._take_in()
-        batches = [(clips, index) for clips in self._portions for index in clips.batches(size, rng)]
+        """Shuffled batches of clips of similar length over all clips that are done."""
+        if self._pending is not None and self._pending[1].ready():
+            self._add_chunk()
+        batches = [(clips, indices) for clips in self._chunks for indices in clips.batches(size, rng)]
         rng.shuffle(batches)
         yield from batches
 
-    def _ask(self, count: int, split: Split, seed: int) -> Coming:
-        asked = jobs(count, split, seed)
-        return asked, self._pool.map_async(_render, asked, chunksize=16)
+    def _start(self, count: int, split: Split, seed: int) -> Pending:
+        pending = jobs(count, split, seed)
+        return pending, self._pool.map_async(_synthesize, pending, chunksize=16)
 
-    def _ask_for_more(self) -> None:
-        count = min(PORTION, self._missing)
-        self._coming = self._ask(count, "train", len(self._portions)) if count else None
-        self._missing -= count
+    def _start_chunk(self) -> None:
+        count = min(CHUNK, self._num_remaining)
+        self._pending = self._start(count, "train", len(self._chunks)) if count else None
+        self._num_remaining -= count
 
-    def _take_in(self) -> None:
-        assert self._coming is not None
-        self._portions.append(_clips(*self._coming).to(self._device))
-        self._ask_for_more()
+    def _add_chunk(self) -> None:
+        assert self._pending is not None
+        self._chunks.append(_clips(*self._pending).to(self._device))
+        self._start_chunk()
 
 
-def _clips(asked: list[Job], spoken: AsyncResult[list[Samples]]) -> Clips:
-    kept = [(job, samples) for job, samples in zip(asked, spoken.get(), strict=True) if len(samples)]
-    lengths = torch.tensor([len(samples) for _, samples in kept])
-    flat = torch.from_numpy(np.concatenate([samples for _, samples in kept]))
-    return Clips([job for job, _ in kept], flat, lengths.cumsum(0) - lengths, lengths)
+def _clips(pending: list[Job], result: AsyncResult[list[Samples]]) -> Clips:
+    clips = [(job, samples) for job, samples in zip(pending, result.get(), strict=True) if len(samples)]
+    lengths = torch.tensor([len(samples) for _, samples in clips])
+    flat = torch.from_numpy(np.concatenate([samples for _, samples in clips]))
+    return Clips([job for job, _ in clips], flat, lengths.cumsum(0) - lengths, lengths)

@@ -1,6 +1,4 @@
-"""Training passes as CUDA graphs: a step has a thousand small kernels, which the host launches slower than they run."""
-
-from __future__ import annotations
+"""Training passes as CUDA graphs: a step has a thousand small kernels, whose launches take longer than they run."""
 
 from typing import cast
 
@@ -10,33 +8,33 @@ from torch import nn
 from demo.speech.model import Network
 
 
-class Pass(nn.Module):
-    """One shape's way through a model; a graph changes the module that it was made of."""
+class _Wrapper(nn.Module):
+    """A module to capture for one shape: capturing replaces the forward method of its module."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, clips: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model(clips, exists)  # type: ignore[no-any-return]
+    def forward(self, samples: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model(samples, mask)  # type: ignore[no-any-return]
 
 
 class Graphs:
-    """A model's forward and backward passes, captured when a shape comes for the first time. Memory is shared: a pass
-    has to be finished, backwards too, before the next one begins."""
+    """Captures a model's passes at the first use of each input shape. The graphs share memory, so a backward pass must
+    have run before the next forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         """model: a SpeechModel on a GPU, in training mode."""
         self._model = model
         self._pool = torch.cuda.graph_pool_handle()
-        self._known: dict[torch.Size, Network] = {}
+        self._captured: dict[torch.Size, Network] = {}
 
-    def __call__(self, clips: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if clips.shape not in self._known:
-            example = torch.randn_like(clips), torch.ones_like(exists)
+    def __call__(self, samples: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if samples.shape not in self._captured:
+            example = torch.randn_like(samples), torch.ones_like(mask)
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-                made = torch.cuda.make_graphed_callables(
-                    Pass(self._model), example, allow_unused_input=True, pool=self._pool
+                graphed = torch.cuda.make_graphed_callables(
+                    _Wrapper(self._model), example, allow_unused_input=True, pool=self._pool
                 )
-            self._known[clips.shape] = cast(Network, made)
-        return self._known[clips.shape](clips, exists)
+            self._captured[samples.shape] = cast(Network, graphed)
+        return self._captured[samples.shape](samples, mask)

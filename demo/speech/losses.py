@@ -1,12 +1,9 @@
-"""What training minimises: CTC on the words of the transcript, and distances to the language model's own embeddings.
+"""Losses of the speech model: CTC on the transcript, and distances of the bridge's outputs to token embeddings.
 
-The demo's language model stays as it is; it has only ever read text. So the bridge writes text: each of its embeddings
-should be that of a token of the plain wording (`Command.plain`), or of a line break. It says nothing until the clip has
-been heard: its last embeddings are the tokens, one after another, and all before are line breaks, which the language
-model reads over.
+The language model is frozen and was trained on text only. The bridge's targets are therefore its input embeddings of
+the plain wording's tokens (`Command.plain`), consecutive and at the end of the clip, after those of line breaks, which
+the language model ignores.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +11,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from demo.speech.commands import PLAIN, Command, names
-from demo.speech.model import SPACE, labels
+from demo.speech.model import CTC_LABELS, SPACE
 
-NEARNESS = 0.05  # of squared distances, which are about 512 between two tokens' embeddings
-BLANK = 0  # the place of the line break
+DISTANCE_SCALE = 0.05  # of squared distances, which are about 512 between the embeddings of two tokens
+BLANK = 0  # index of the line break in the codebook
+CTC_IDS = {label: index for index, label in enumerate(CTC_LABELS)}
 
 
 class Codebook(nn.Module):
-    """The tokens that plain wordings are made of; the first is the line break."""
+    """The embeddings of the line break, first, and of the tokens of all plain wordings."""
 
     table: torch.Tensor
 
@@ -37,75 +35,74 @@ class Codebook(nn.Module):
             for token in tokenizer.encode(form.format(name)).ids
         }
         self.ids = [*tokenizer.encode("\n").ids, *sorted(used)]
-        self.places = {token: place for place, token in enumerate(self.ids)}
-        self._known: dict[str, list[int]] = {}
+        self.indices = {token: index for index, token in enumerate(self.ids)}
+        self._encoded: dict[str, list[int]] = {}
         self.register_buffer("table", embeddings[self.ids].float())
 
     def encode(self, command: Command) -> list[int]:
-        """Places of the tokens of a command's plain wording; none of words that are no command."""
+        """Indices of the tokens of a command's plain wording; empty without an intent."""
         plain = command.plain
-        if plain not in self._known:
-            self._known[plain] = [self.places[token] for token in self.tokenizer.encode(plain).ids]
-        return self._known[plain]
+        if plain not in self._encoded:
+            self._encoded[plain] = [self.indices[token] for token in self.tokenizer.encode(plain).ids]
+        return self._encoded[plain]
 
-    def nearness(self, outputs: torch.Tensor) -> torch.Tensor:
-        """[B, S, hidden] -> log-probabilities [B, S, tokens]."""
+    def log_probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, S, hidden] -> log probabilities of the indices [B, S, indices], by squared distance."""
         outputs = outputs.float()
         cross = outputs @ self.table.T
-        return (NEARNESS * (2 * cross - self.table.square().sum(1))).log_softmax(-1)
+        return (DISTANCE_SCALE * (2 * cross - self.table.square().sum(1))).log_softmax(-1)
 
 
-def collapse(places: list[int]) -> list[int]:
-    """What a path says: without repetitions, then without blanks, which are 0."""
-    return [b for a, b in zip([-1, *places], places, strict=False) if a != b and b]
+def collapse(path: list[int]) -> list[int]:
+    """The labels of a CTC path: repetitions are merged, then blanks (0) are removed."""
+    return [b for a, b in zip([-1, *path], path, strict=False) if a != b and b]
 
 
-LABELS = {label: index for index, label in enumerate(labels())}
-
-
-def spell(command: Command) -> list[int]:
-    """The labels of a transcript: words with spaces between them, or characters."""
+def ctc_targets(command: Command) -> list[int]:
+    """The labels of a transcript: words separated by SPACE, or characters."""
     if command.language == "zh":
-        return [LABELS[character] for character in command.text]
-    first, *others = (LABELS[word] for word in command.text.split())
-    return [first, *(label for word in others for label in (LABELS[SPACE], word))]
+        return [CTC_IDS[character] for character in command.text]
+    first, *others = (CTC_IDS[word] for word in command.text.split())
+    return [first, *(label for word in others for label in (CTC_IDS[SPACE], word))]
 
 
-def ctc(logp: torch.Tensor, counts: torch.Tensor, targets: list[list[int]]) -> torch.Tensor:
-    """Mean over clips of the loss per target; a clip too short for its target counts nothing.
+def ctc_loss(logp: torch.Tensor, num_frames: torch.Tensor, targets: list[list[int]]) -> torch.Tensor:
+    """Mean over clips of the loss per target label; 0 for a clip that is too short for its labels.
 
     Args:
-        logp: [B, T, targets], of which `counts` [B], on the CPU, exist.
+        logp: [B, T, labels].
+        num_frames: of each clip, [B] on the CPU.
     """
-    flat = torch.tensor([place for target in targets for place in target]).to(logp.device, non_blocking=True)
+    flat = torch.tensor([label for target in targets for label in target]).to(logp.device, non_blocking=True)
     sizes = torch.tensor([len(target) for target in targets])
-    loss = F.ctc_loss(logp.transpose(0, 1), flat, counts, sizes, reduction="none", zero_infinity=True)
+    loss = F.ctc_loss(logp.transpose(0, 1), flat, num_frames, sizes, reduction="none", zero_infinity=True)
     return (loss / sizes.to(loss.device, non_blocking=True)).mean()
 
 
-def bridge_path(places: list[int], slots: int) -> list[int]:
-    """What each of a clip's embeddings should be: blanks, then the tokens."""
-    return [BLANK] * (slots - len(places)) + places[-slots:]
+def bridge_path(tokens: list[int], num_embeddings: int) -> list[int]:
+    """The target of each embedding of a clip: blanks, then the tokens."""
+    return [BLANK] * (num_embeddings - len(tokens)) + tokens[-num_embeddings:]
 
 
-def saying(
-    outputs: torch.Tensor, counts: torch.Tensor, targets: list[list[int]], codebook: Codebook
+def bridge_loss(
+    outputs: torch.Tensor, num_embeddings: torch.Tensor, targets: list[list[int]], codebook: Codebook
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of the cross entropy and of the squared distance per dimension; tokens weigh as much as blanks, which are
-    many more.
+    """Means of the cross entropy and of the squared distance per dimension. Tokens and the more numerous blanks have
+    the same total weight.
 
     Args:
-        outputs: [B, S, hidden], of which `counts` [B], on the CPU, exist.
-        targets: places of the tokens that each clip should say.
+        outputs: [B, S, hidden].
+        num_embeddings: of each clip, [B] on the CPU.
+        targets: codebook indices of each clip's tokens.
     """
-    behind = -1
+    padding = -1
     length = outputs.shape[1]
-    rows = [bridge_path(places, n) for places, n in zip(targets, counts.tolist(), strict=True)]
-    path = torch.tensor([row + [behind] * (length - len(row)) for row in rows])
+    rows = [bridge_path(tokens, n) for tokens, n in zip(targets, num_embeddings.tolist(), strict=True)]
+    path = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     path = path.to(outputs.device, non_blocking=True)
-    place = path.clamp(min=0)
-    entropy = -codebook.nearness(outputs).gather(-1, place[..., None])[..., 0]
-    off = (outputs.float() - codebook.table[place]).square().mean(-1)
+    indices = path.clamp(min=0)
+    entropy = -codebook.log_probabilities(outputs).gather(-1, indices[..., None])[..., 0]
+    distance = (outputs.float() - codebook.table[indices]).square().mean(-1)
     token, blank = (path > BLANK).float(), (path == BLANK).float()
     weight = token / token.sum() + blank / blank.sum().clamp(min=1)
-    return (entropy * weight).sum(), (off * weight).sum()
+    return (entropy * weight).sum(), (distance * weight).sum()

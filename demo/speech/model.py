@@ -1,11 +1,8 @@
-"""The encoder and the bridge that are trained here: their sizes, their first weights, and writing them as directories.
+"""The speech encoder and the bridge: their configuration, their initial weights, and their export.
 
-Like any Wav2Vec2, but with three wide convolutions where the published ones have seven narrow ones: the first, 16 ms
-long, begins as a bank of band filters, so that training does not have to find out that sound has frequencies. There are
-50 frames a second, as usual.
+A Wav2Vec2 with three wide convolutions instead of seven narrow ones. The first one, 16 ms long, is initialized as a
+bank of band-pass filters, which training then need not discover. There are 50 frames per second, as usual.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -20,38 +17,38 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autoglm.audio.projector import Projector, ProjectorConfig
-from demo.speech.commands import names, pieces
-from demo.speech.rooms import Heard
+from demo.speech.commands import names, wording_words
+from demo.speech.rooms import ClipBatch
 from demo.speech.voices import RATE
 
 PAD, SPACE, UNKNOWN = "<pad>", "|", "<unk>"
 FRAMES_PER_TOKEN = 5
-LOUDEST = 0.1  # what the first filters answer to a clip's loud parts; its layer norm adds 1e-5 to their variance
+FILTER_GAIN = 0.1  # scale of the first filters' outputs; their layer norm adds 1e-5 to the variance
 
 
-def labels() -> list[str]:
-    """The vocabulary of transcripts: the English words and the Chinese characters of all commands, in a fixed order."""
-    words = {word for text in (*pieces("en"), *names("en")) for word in text.split()}
-    characters = set("".join((*pieces("zh"), *names("zh"))))
+def _ctc_labels() -> list[str]:
+    """The English words and Chinese characters of all commands, in a fixed order."""
+    words = {word for text in (*wording_words("en"), *names("en")) for word in text.split()}
+    characters = set("".join((*wording_words("zh"), *names("zh"))))
     return [PAD, SPACE, UNKNOWN, *sorted(words), *sorted(characters)]
 
 
+CTC_LABELS = _ctc_labels()
 Network = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as SpeechModel.forward
 
 
 @dataclass(frozen=True)
-class Said:
-    """Of a batch: logits of labels [B, T, labels] and the frames of each clip [B]; the bridge's embeddings
-    [B, S, output_size] and how many each clip has [B]. Counts are on the CPU."""
+class SpeechOutput:
+    """Outputs for a batch of clips."""
 
-    labels: torch.Tensor
-    frames: torch.Tensor
-    embeddings: torch.Tensor
-    slots: torch.Tensor
+    logits: torch.Tensor  # of CTC_LABELS, [B, T, labels]
+    num_frames: torch.Tensor  # of each clip, [B] on the CPU
+    embeddings: torch.Tensor  # of the bridge, [B, S, output_size]
+    num_embeddings: torch.Tensor  # of each clip, [B] on the CPU
 
 
-class Windows(nn.Conv1d):
-    """A convolution as one product of all windows with the weights; cuDNN would take longer than all other layers."""
+class UnfoldedConv1d(nn.Conv1d):
+    """A convolution as one matrix product of all windows; with cuDNN it would take longer than all other layers."""
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
         """[B, in, T] -> [B, out, (T - kernel) // stride + 1]"""
@@ -65,10 +62,10 @@ class SpeechModel(nn.Module):
 
     def __init__(self, output_size: int) -> None:
         super().__init__()
-        from transformers import Wav2Vec2Config, Wav2Vec2ForCTC  # takes seconds
+        from transformers import Wav2Vec2Config, Wav2Vec2ForCTC  # slow to import
 
         config = Wav2Vec2Config(
-            vocab_size=len(labels()),
+            vocab_size=len(CTC_LABELS),
             hidden_size=256,
             num_hidden_layers=6,
             num_attention_heads=4,
@@ -95,64 +92,67 @@ class SpeechModel(nn.Module):
         )
         encoder: Any = Wav2Vec2ForCTC(config)
         self.encoder = encoder
-        self.projector = Projector(ProjectorConfig(FRAMES_PER_TOKEN, 256, 512, output_size))
+        self.projector = Projector(
+            ProjectorConfig(frames_per_token=FRAMES_PER_TOKEN, input_size=256, hidden_size=512, output_size=output_size)
+        )
         for layer in encoder.wav2vec2.feature_extractor.conv_layers:
             conv = layer.conv
-            layer.conv = Windows(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+            layer.conv = UnfoldedConv1d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
         first = encoder.wav2vec2.feature_extractor.conv_layers[0].conv
         with torch.no_grad():
             first.weight.copy_(band_filters(first.weight.shape[0], first.weight.shape[-1])[:, None])
             first.bias.zero_()
 
-    def forward(self, clips: torch.Tensor, exists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of labels [B, T, labels] and embeddings [B, S, output_size].
+    def forward(self, samples: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of CTC_LABELS [B, T, labels] and embeddings [B, S, output_size].
 
         Args:
-            clips: [B, samples].
-            exists: [B, T], which frames are a clip's own. The others count as silence for the embeddings.
+            samples: [B, samples].
+            mask: bool [B, T], False for padding.
         """
         wav2vec2 = self.encoder.wav2vec2
-        signal = clips[:, None]
+        signal = samples[:, None]
         for layer in wav2vec2.feature_extractor.conv_layers:
             signal = layer(signal)
         hidden, _ = wav2vec2.feature_projection(signal.transpose(1, 2))
-        hidden = hidden * exists[..., None]
+        hidden = hidden * mask[..., None]
         hidden = wav2vec2.encoder.dropout(hidden + wav2vec2.encoder.pos_conv_embed(hidden))
         for layer in wav2vec2.encoder.layers:
-            hidden = layer(hidden, attention_mask=exists[:, None, None])
+            hidden = layer(hidden, attention_mask=mask[:, None, None])
         hidden = wav2vec2.encoder.layer_norm(hidden)
-        padded = F.pad(hidden * exists[..., None], (0, 0, 0, -hidden.shape[1] % FRAMES_PER_TOKEN))
+        padded = F.pad(hidden * mask[..., None], (0, 0, 0, -hidden.shape[1] % FRAMES_PER_TOKEN))
         embeddings = self.projector([padded.flatten(0, 1)])[0].unflatten(0, (len(padded), -1))
         return self.encoder.lm_head(hidden), embeddings
 
-    def listen(self, heard: Heard, network: Network | None = None) -> Said:
-        """What is said in clips; by another way through the same network, if given."""
-        most, frames = (self.encoder._get_feat_extract_output_lengths(n) for n in (heard.clips.shape[1], heard.lengths))
-        exists = torch.arange(int(most))[None] < frames[:, None]
-        said, embeddings = (network or self)(heard.clips, exists.to(heard.clips.device, non_blocking=True))
-        return Said(said, frames, embeddings, (frames + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN)
+    def encode(self, batch: ClipBatch, network: Network | None = None) -> SpeechOutput:
+        """Encode clips; `network` replaces `forward`, such as by its CUDA graphs."""
+        samples = batch.samples
+        most, num_frames = map(self.encoder._get_feat_extract_output_lengths, (samples.shape[1], batch.lengths))
+        mask = torch.arange(int(most))[None] < num_frames[:, None]
+        logits, embeddings = (network or self)(samples, mask.to(samples.device, non_blocking=True))
+        return SpeechOutput(logits, num_frames, embeddings, (num_frames + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN)
 
 
 def band_filters(count: int, length: int) -> torch.Tensor:
-    """[count, length]: windowed waves, four phases to each band, so that the sum of what is left of them after an
-    activation says how loud the band is. Bands are spaced like the ear's."""
+    """Band-pass filters [count, length] on the mel scale: windowed waves in four phases per band, so that the sum of
+    their activations is the band's loudness."""
     low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (80, 7600))
     mels = torch.linspace(low, high, count // 4)
     hertz = 700 * (10 ** (mels / 2595) - 1)
     phases = torch.arange(4) * math.pi / 2
     time = (torch.arange(length) - length / 2) / RATE
     angles = 2 * math.pi * hertz[:, None, None] * time + phases[:, None]
-    return (angles.cos() * torch.hann_window(length)).flatten(0, 1) * (LOUDEST / math.sqrt(length))
+    return (angles.cos() * torch.hann_window(length)).flatten(0, 1) * (FILTER_GAIN / math.sqrt(length))
 
 
 def resume(model: SpeechModel, out: Path) -> None:
-    """Read what `export` wrote, to train it further."""
+    """Load the weights that `export` wrote, for further training."""
     for part, name in ((model.encoder, "encoder"), (model.projector, "bridge")):
         part.load_state_dict(load_file(out / name / "model.safetensors"))
 
 
 def export(model: SpeechModel, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write out/encoder and out/bridge, which the server reads."""
+    """Write out/encoder and out/bridge for the server."""
     model = model.cpu().eval()
     encoder, bridge = out / "encoder", out / "bridge"
     encoder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def export(model: SpeechModel, out: Path, dtype: torch.dtype = torch.bfloat16) -
     model.projector.save(bridge)
     model.float().load_state_dict(before)
     files: dict[str, dict[str, Any]] = {
-        "vocab.json": {label: index for index, label in enumerate(labels())},
+        "vocab.json": {label: index for index, label in enumerate(CTC_LABELS)},
         "tokenizer_config.json": {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
             "pad_token": PAD,

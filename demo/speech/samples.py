@@ -1,10 +1,8 @@
-"""Sample clips for trying the server: `python -m demo.speech.samples` writes demo/speech/samples/* and samples.json.
+"""Sample clips: `python -m demo.speech.samples` writes demo/speech/samples/* and samples.json.
 
-Held-out voices say held-out wordings that fit the screens of demo/samples. Each entry is a clip with its screen, its
-words, and either the box that the coordinates must hit (thousandths of the screen) or the exact action.
+Held-out voices speak held-out wordings for the screens of demo/samples. An entry of samples.json is a clip with its
+screen, its words, and either the box in which the coordinates are right (in thousandths) or the exact action.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -14,12 +12,12 @@ from typing import Any
 from demo.fonts import require_fonts
 from demo.samples import sample
 from demo.speech.commands import Command
-from demo.speech.evaluate import record
+from demo.speech.evaluate import record_clip
 from demo.speech.voices import Voice, require_synthesizers
 
 FEMALE, MALE = Voice("espeak-ng", "en-gb+f4", 0.95, 0.6), Voice("flite", "rms", 1.0, 0.3)
 WOMAN, MAN = Voice("espeak-ng", "cmn-latn-pinyin+Annie", 1.0, 0.5), Voice("espeak-ng", "cmn-latn-pinyin+m5", 0.9, 0.4)
-# file name -> screen, command, voice, label of the element to tap or the whole action
+# file name -> screen, command, voice, label of the target or the exact action
 SAMPLES: dict[str, tuple[str, Command, Voice, str]] = {
     "battery.flac": ("settings.png", Command("tap", "en", "Battery", "please tap on {}"), FEMALE, "Battery"),
     "save.ogg": ("form.png", Command("tap", "en", "Save", "now press {}"), MALE, "Save"),
@@ -32,11 +30,11 @@ SAMPLES: dict[str, tuple[str, Command, Voice, str]] = {
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The entry of samples.json for one clip."""
+    """The entry of samples.json for a clip."""
     image, command, _, expected = SAMPLES[name]
     boxes = {element.label: [round(value * 1000) for value in element.box] for element in sample(image).elements}
     answer: dict[str, Any] = {"box": boxes[expected]} if expected in boxes else {"action": expected}
-    return {"sound": name, "image": image, "text": command.text} | answer
+    return {"audio": name, "image": image, "text": command.text} | answer
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
     require_synthesizers()
     out.mkdir(parents=True, exist_ok=True)
     for seed, (name, (_, command, voice, _)) in enumerate(SAMPLES.items()):
-        (out / name).write_bytes(record(command, voice, seed, Path(name).suffix[1:].upper()))
+        (out / name).write_bytes(record_clip(command, voice, seed, Path(name).suffix[1:].upper()))
     lines = ",\n".join("  " + json.dumps(describe(name), ensure_ascii=False) for name in SAMPLES)
     (out / "samples.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"{len(SAMPLES)} clips in {out}")

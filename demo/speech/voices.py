@@ -1,12 +1,9 @@
-"""Synthetic voices, and having them speak: Debian's espeak-ng (English and Mandarin) and flite (English).
+"""Speech synthesis with Debian's espeak-ng (English and Mandarin) and flite (English). Some voices are held out.
 
     apt-get install --no-install-recommends espeak-ng flite
 
-On a machine without them, AUTOGLM_ESPEAK and AUTOGLM_FLITE name the programs. Some voices are held out: training never
-hears them.
+AUTOGLM_ESPEAK and AUTOGLM_FLITE are the paths of the programs if they are not on PATH.
 """
-
-from __future__ import annotations
 
 import io
 import os
@@ -16,6 +13,7 @@ import subprocess
 import wave
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +23,7 @@ from demo.elements import Split
 RATE = 16_000
 Samples = NDArray[np.int16]
 
-# Variants of espeak-ng's speaker; whispering, croaking and robots are left out.
+# Variants of espeak-ng's speaker, without whispers, croaks and robots.
 VARIANTS: dict[Split, tuple[str, ...]] = {
     "train": (
         *("", "f1", "f2", "f3", "f5", "m1", "m2", "m3", "m4", "m6", "m7", "Alex", "Alicia", "Andrea", "Andy"),
@@ -45,37 +43,36 @@ ACCENTS: dict[str, dict[Split, tuple[str, ...]]] = {
         "train": ("en-us", "en-us", "en-gb", "en-gb-scotland", "en-gb-x-gbclan", "en-029"),
         "test": ("en-us", "en-gb", "en-gb-x-rp"),
     },
-    # The voice "cmn" spells pinyin in English letters; this one speaks it.
+    # The voice "cmn" reads pinyin as English letters; this one pronounces it.
     "zh": {"train": ("cmn-latn-pinyin",), "test": ("cmn-latn-pinyin",)},
 }
-# The two that sound most like people are drawn twice as often.
+# The two most natural ones are twice as likely.
 FLITE: dict[Split, tuple[str, ...]] = {"train": ("slt", "slt", "awb", "awb", "kal", "kal16"), "test": ("rms",)}
 FLITE_SHARE: dict[Split, float] = {"train": 0.5, "test": 0.25}  # of English clips
-# What espeak-ng, which reads character by character, would say otherwise: music, camera and photos, maps, application.
+# Corrections for espeak-ng, which reads each character separately: music, camera and photos, maps, application.
 READINGS = {"音乐": "yin1yue4", "相": "xiang4", "地": "di4", "应": "ying4"}
 
 
 class SynthesizerMissing(RuntimeError):
-    """The message says what to install."""
+    """A synthesizer is not installed; the message has the apt-get command."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker with a manner of speaking. `pace` is 1 for the usual speed; `pitch` 0..1, from low to high."""
+    """A speaker of a program, with a pace (1 is normal) and a pitch (0..1)."""
 
-    program: str  # espeak-ng or flite
+    program: Literal["espeak-ng", "flite"]
     name: str
     pace: float
     pitch: float
 
     @property
     def speaker(self) -> str:
-        """Who speaks, however fast and high."""
+        """The speaker without pace and pitch."""
         return f"{self.program} {self.name}"
 
 
-def draw(language: str, split: Split, rng: random.Random) -> Voice:
-    """Some voice of a split for a language."""
+def draw_voice(language: str, split: Split, rng: random.Random) -> Voice:
     pace, pitch = rng.uniform(0.8, 1.3), rng.random()
     if language == "en" and rng.random() < FLITE_SHARE[split]:
         return Voice("flite", rng.choice(FLITE[split]), pace, pitch)
@@ -85,49 +82,49 @@ def draw(language: str, split: Split, rng: random.Random) -> Voice:
 
 @cache
 def program(name: str) -> str | None:
-    """The path of a synthesizer; None where there is none."""
+    """The path of a synthesizer; None if it is not installed."""
     return shutil.which(os.environ.get(f"AUTOGLM_{name.removesuffix('-ng').upper()}", name))
 
 
 def require_synthesizers() -> None:
-    """Raise SynthesizerMissing, naming the apt command, unless both are there."""
+    """Raise SynthesizerMissing if one is not installed."""
     if absent := [name for name in ("espeak-ng", "flite") if program(name) is None]:
         raise SynthesizerMissing(f"not found: apt-get install --no-install-recommends {' '.join(absent)}")
 
 
 def speak(text: str, voice: Voice) -> Samples:
-    """A clip at RATE, without the silence around it."""
-    for written, said in READINGS.items():
-        text = text.replace(written, said)
+    """Synthesize a clip at RATE, without silence at its ends."""
+    for written, reading in READINGS.items():
+        text = text.replace(written, reading)
     path = program(voice.program)
     if path is None:
         raise SynthesizerMissing(f"not found: apt-get install --no-install-recommends {voice.program}")
     if voice.program == "flite":
-        manner = [f"duration_stretch={1 / voice.pace:.3f}", f"int_f0_target_mean={80 + 140 * voice.pitch:.0f}"]
-        options = [option for setting in manner for option in ("--setf", setting)]
+        settings = [f"duration_stretch={1 / voice.pace:.3f}", f"int_f0_target_mean={80 + 140 * voice.pitch:.0f}"]
+        options = [option for setting in settings for option in ("--setf", setting)]
         command = [path, "-voice", voice.name, *options, "-t", text, "-o", "/dev/stdout"]
     else:
         speed, pitch = f"{165 * voice.pace:.0f}", f"{20 + 60 * voice.pitch:.0f}"
         command = [path, "-v", voice.name, "-s", speed, "-p", pitch, "--stdout", text]
-    spoken = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
-    with wave.open(io.BytesIO(spoken)) as file:
-        samples = np.frombuffer(spoken[44:], np.int16)  # the header of a pipe does not know the length
+    wav = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    with wave.open(io.BytesIO(wav)) as file:
+        samples = np.frombuffer(wav[44:], np.int16)  # the header of a piped file lacks the length
         rate = file.getframerate()
     return trim(resample(samples, rate))
 
 
 def resample(samples: Samples, rate: int) -> Samples:
-    """To RATE, by leaving out or adding high frequencies."""
+    """Resample to RATE by truncating or zero-padding the spectrum."""
     if rate == RATE or not len(samples):
         return samples
     count = len(samples) * RATE // rate
     spectrum = np.fft.rfft(samples.astype(np.float64))
-    kept = np.zeros(count // 2 + 1, np.complex128)
-    kept[: len(spectrum)] = spectrum[: len(kept)]
-    return np.clip(np.fft.irfft(kept, count) * (count / len(samples)), -32768, 32767).astype(np.int16)
+    resized = np.zeros(count // 2 + 1, np.complex128)
+    resized[: len(spectrum)] = spectrum[: len(resized)]
+    return np.clip(np.fft.irfft(resized, count) * (count / len(samples)), -32768, 32767).astype(np.int16)
 
 
 def trim(samples: Samples) -> Samples:
-    """Without what is below a hundredth of the peak at both ends."""
+    """Cut off both ends where samples are below a hundredth of the peak."""
     loud = np.flatnonzero(np.abs(samples.astype(np.int32)) * 100 > np.abs(samples.astype(np.int32)).max(initial=1))
     return samples[loud[0] : loud[-1] + 1] if len(loud) else samples[:0]

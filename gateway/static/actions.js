@@ -1,6 +1,6 @@
-// The action language, as client/autoglm_client/{actions,parser,thought}.py read it; a test holds the two together.
+// The action language, parsed as by client/autoglm_client/{actions,parser,thought}.py; a test compares the two.
 
-/** What each action takes: a required argument has the default `undefined`. */
+/** Arguments and defaults of each action; a required argument has the default `undefined`. */
 const ARGUMENTS = {
   Launch: { app: undefined },
   Tap: { element: undefined, message: null },
@@ -27,7 +27,7 @@ const LEADING = /^(?:\s|<think>)+/;
 const TRAILING = /(?:\s|<\/?think>|<\/?answer>)+$/;
 const clean = (thought) => thought.replace(LEADING, "").replace(TRAILING, "");
 
-/** The thought without its tags, and where the call begins (-1: there is none). */
+/** The thought without its tags, and the index of the call (-1: none). */
 function findAction(text) {
   const tagged = TAGGED_CALL.exec(text);
   if (tagged) return [clean(text.slice(0, tagged.index)), tagged.index + tagged[0].length];
@@ -37,7 +37,7 @@ function findAction(text) {
   return [clean(text.split("<answer>", 1)[0]), -1];
 }
 
-/** {thought, action: {name, ...arguments}}, points as [x, y]. `error` says why there is no action. */
+/** {thought, action: {name, ...arguments}}, points as [x, y]; action is null if there is an `error`. */
 export function parse(text) {
   const [thought, start] = findAction(text);
   try {
@@ -49,8 +49,8 @@ export function parse(text) {
   }
 }
 
-// One argument and what follows it. A model does not always escape a quote inside a string: a quote ends the string
-// only where the call can go on.
+// One argument and its separator. Models do not always escape quotes inside a string: a quote ends the string only
+// where the call can continue.
 const ARGUMENT = new RegExp(
   String.raw`\s*(?<name>[A-Za-z_]+)\s*=\s*(?:(?<quote>["'])(?<text>(?:\\.|[^\\])*?)\k<quote>` +
     String.raw`|\[\s*(?<x>-?\d+)\s*,\s*(?<y>-?\d+)\s*\]|\(\s*(?<x2>-?\d+)\s*,\s*(?<y2>-?\d+)\s*\)` +
@@ -68,7 +68,7 @@ function read(text, start) {
   while (!ended) {
     ARGUMENT.lastIndex = at;
     const found = ARGUMENT.exec(text)?.groups;
-    if (!found || given.has(found.name)) throw new SyntaxError(`not readable: ${text.slice(at, at + 40)}`);
+    if (!found || given.has(found.name)) throw new SyntaxError(`invalid argument: ${text.slice(at, at + 40)}`);
     given.set(found.name, valueOf(found));
     at = ARGUMENT.lastIndex;
     ended = found.end !== undefined;
@@ -76,25 +76,25 @@ function read(text, start) {
   const name = verb === "finish" ? verb : given.get("action");
   if (verb === "do") given.delete("action");
   if (!Object.hasOwn(ARGUMENTS, String(name)) || (verb === "do" && name === "finish"))
-    throw new SyntaxError(`action: ${JSON.stringify(name ?? "")} is unknown`);
+    throw new SyntaxError(`${JSON.stringify(name ?? "")} is not a known action`);
   for (const key of given.keys())
-    if (!Object.hasOwn(ARGUMENTS[name], key)) throw new SyntaxError(`${name} takes no argument ${key}`);
+    if (!Object.hasOwn(ARGUMENTS[name], key)) throw new SyntaxError(`${name} has no argument ${key}`);
   const action = { name, ...ARGUMENTS[name], ...Object.fromEntries(given) };
   const missing = Object.keys(action).find((key) => action[key] === undefined);
-  if (missing) throw new SyntaxError(`${name} needs the argument ${missing}`);
+  if (missing) throw new SyntaxError(`${name} requires the argument ${missing}`);
   return action;
 }
 
 function valueOf({ name, text, x, y, x2, y2, bare }) {
   const point = x ?? x2;
-  const wanted = POINTS.includes(name) ? "a point [x,y]" : "a string";
-  if (POINTS.includes(name) !== (point !== undefined)) throw new SyntaxError(`${name}: ${wanted} is wanted`);
+  const accepted = POINTS.includes(name) ? "a point [x,y]" : "a string";
+  if (POINTS.includes(name) !== (point !== undefined)) throw new SyntaxError(`${name} must be ${accepted}`);
   if (text !== undefined) return unescape(text);
   if (bare !== undefined) return bare;
-  const place = [Number(point), Number(y ?? y2)];
-  const outside = place.find((value) => value < 0 || value >= COORDINATES);
-  if (outside !== undefined) throw new SyntaxError(`coordinate ${outside}; allowed are 0 to ${COORDINATES - 1}`);
-  return place;
+  const coordinates = [Number(point), Number(y ?? y2)];
+  const outside = coordinates.find((value) => value < 0 || value >= COORDINATES);
+  if (outside !== undefined) throw new SyntaxError(`${name} must be within 0 to ${COORDINATES - 1} (got ${outside})`);
+  return coordinates;
 }
 
 function unescape(text) {
@@ -105,20 +105,20 @@ function unescape(text) {
 const END_OF_THOUGHT = /<answer>|do\(action=|finish\(message=/;
 const MARKS = ["<think>", "</think>", "<answer>", "do(action=", "finish(message="];
 
-/** The thought in an answer that is still coming; what may yet become a tag or a call is held back. It only grows. */
+/** The thought of an incomplete answer, without an end that may become a tag or a call. It only grows. */
 export function certainThought(text) {
   const end = END_OF_THOUGHT.exec(text)?.index ?? text.length - uncertain(text);
   return text.slice(0, end).replace(/<\/?think>/g, "").trim();
 }
 
 function uncertain(text) {
-  let length = Math.min(text.length, 14); // of the longest mark, less one
+  let length = Math.min(text.length, 14); // length of the longest mark, minus one
   while (length && !MARKS.some((mark) => mark.startsWith(text.slice(-length)))) length--;
   return length;
 }
 
-/** An answer as phone agents keep it in their history, its tags doubled: the model is used to that. */
-export function remembered(text) {
+/** An answer as phone agents write it into their history: with doubled tags, which the model expects. */
+export function toHistory(text) {
   const wrap = (thought, action) => `<think>${thought}</think><answer>${action}</answer>`;
   for (const mark of ["finish(message=", "do(action="]) {
     const at = text.indexOf(mark);

@@ -1,5 +1,5 @@
-// Draws an action on its screenshot: rings for places, an arrow for a swipe. Every mark is laid down three times, each
-// time thinner (dark, light, ink), so that it stands out on any ground.
+// Draws an action on its screenshot: rings for points, an arrow for a swipe. Every mark is drawn three times, each time
+// thinner (dark, light, ink), so that it is visible on any background.
 import { COORDINATES } from "./actions.js";
 
 const LAYERS = [["dark", 2.6], ["light", 1.9], ["ink", 1.1]];
@@ -10,18 +10,18 @@ function shape(name, attributes) {
   return node;
 }
 
-/** The pixel of a point on a screen of width x height, rounded down as phone agents do it. */
+/** The pixel of a point on a screen of width x height, rounded down as phone agents do. */
 export const toPixel = ([x, y], { width, height }) => [
   Math.floor((x / COORDINATES) * width),
   Math.floor((y / COORDINATES) * height),
 ];
 
-/** Replaces what `svg` shows by the marks of `action` (null: none) on a screen of `size`. */
+/** Replaces the content of `svg` by the marks of `action` (null: none) on a screen of `size`. */
 export function draw(svg, action, size) {
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
   if (!action) return;
-  const unit = Math.max(2, Math.min(size.width, size.height) / 150); // marks grow with the screen
+  const unit = Math.max(2, Math.min(size.width, size.height) / 150); // marks scale with the screen
   if (action.element) svg.append(...rings(action.name, toPixel(action.element, size), unit));
   if (action.start) svg.append(...arrow(toPixel(action.start, size), toPixel(action.end, size), unit));
 }

@@ -1,5 +1,5 @@
-// A task: steps of one conversation, each with a screenshot, asked of /v1/chat/completions as a phone agent asks.
-import { remembered } from "./actions.js";
+// A task is a conversation of steps with screenshots, sent to /v1/chat/completions in the format of phone agents.
+import { toHistory } from "./actions.js";
 import { draw } from "./overlay.js";
 import { chat, models, ServerError } from "./server.js";
 import { Recorder, toWav } from "./speech.js";
@@ -10,13 +10,13 @@ const $ = (id) => document.getElementById(id);
 const settings = $("settings").elements;
 const NUMBERS = [...$("settings").querySelectorAll("input[type=number]")].map((input) => input.name);
 
-const turns = []; // what the next request remembers: [user parts without the image, the answer]
+const turns = []; // history of the next request: [user parts without the image, the answer]
 let taking = null; // the Promise of a file being read
 let screen = null; // the newest screenshot: {url, name, file, width, height}
-let speech = null; // what was recorded for the next step: {wav, seconds}
-let shown = null; // the step on the stage, or null for the newest screenshot
+let speech = null; // the recording for the next step: {wav, seconds}
+let shown = null; // the step whose screenshot is displayed, or null for the newest screenshot
 let recorder = null;
-let running = null; // the AbortController of the request under way
+let running = null; // the AbortController of the running request
 
 // --- the stage ---
 
@@ -89,7 +89,7 @@ function setRecording(on) {
   $("status").textContent = on ? say("recording") : "";
 }
 
-// --- asking ---
+// --- requests ---
 
 function dataUrl(blob) {
   return new Promise((done, failed) => {
@@ -100,7 +100,7 @@ function dataUrl(blob) {
   });
 }
 
-/** The parts of a user's turn but for the image, as Open-AutoGLM writes them. */
+/** The parts of a user's turn without the image, in the format of Open-AutoGLM. */
 async function userParts(words) {
   const app = settings.app.value.trim();
   const info = app && `{"current_app": ${JSON.stringify(app)}}`;
@@ -112,11 +112,11 @@ async function userParts(words) {
   return [{ type: "input_audio", input_audio: { data, format: "wav" } }, ...parts];
 }
 
-/** Only the newest turn has its image; those before are text (and speech, which may hold the task). */
+/** Only the newest turn has its image. Earlier turns are text, and audio, which may contain the task. */
 async function requestFor(parts) {
   const messages = turns.flatMap(([content, answer]) => [
     { role: "user", content },
-    { role: "assistant", content: remembered(answer) },
+    { role: "assistant", content: toHistory(answer) },
   ]);
   const image = screen && { type: "image_url", image_url: { url: await dataUrl(screen.file) } };
   messages.push({ role: "user", content: image ? [image, ...parts] : parts });
@@ -133,9 +133,9 @@ async function send() {
   if (!words && !speech && !turns.length) return needTask();
   const own = new AbortController();
   setRunning(own);
-  const said = speech;
+  const sent = speech;
   const parts = await userParts(words);
-  const step = new Step($("steps").children.length + 1, { words, screen, seconds: said?.seconds ?? 0 });
+  const step = new Step($("steps").children.length + 1, { words, screen, seconds: sent?.seconds ?? 0 });
   step.button?.addEventListener("click", () => show(step));
   $("steps").append(step.node);
   $("intro").hidden = true;
@@ -149,9 +149,9 @@ async function send() {
     $("words").placeholder = say("nextHint");
   } catch (error) {
     if (own.signal.reason === "new task") return;
-    refused(step, error, Boolean(said));
+    showError(step, error, Boolean(sent));
     $("words").value ||= words;
-    if (said && !speech && !/audio|speech/i.test(error.message)) setSpeech(said);
+    if (sent && !speech && !/audio|speech/i.test(error.message)) setSpeech(sent);
   } finally {
     if (running === own) setRunning(null);
   }
@@ -168,13 +168,13 @@ async function stream(step, request, signal) {
     for await (const chunk of chat(request, settings.key.value, signal)) {
       const [choice] = chunk.choices ?? [];
       usage = chunk.usage ?? usage;
-      if (chunk.transcripts) step.hear(chunk.transcripts);
+      if (chunk.transcripts) step.addTranscripts(chunk.transcripts);
       reason = choice?.finish_reason ?? reason;
       if (!choice?.delta?.content) continue;
       first ??= performance.now() - begun;
       const inView = step.node.getBoundingClientRect().bottom < innerHeight;
       step.add(choice.delta.content);
-      if (inView) step.node.scrollIntoView({ block: "nearest" }); // follow, unless the reader is elsewhere
+      if (inView) step.node.scrollIntoView({ block: "nearest" }); // do not scroll if the user has scrolled away
     }
     $("status").textContent = step.finish(reason);
   } finally {
@@ -182,7 +182,7 @@ async function stream(step, request, signal) {
   }
 }
 
-function refused(step, error, spoken) {
+function showError(step, error, spoken) {
   if (error.name === "AbortError") {
     $("status").textContent = say("stopped");
     return step.fail(say("stopped"));
@@ -223,12 +223,12 @@ function newTask() {
   $("words").focus();
 }
 
-// --- settings, kept until the tab is closed ---
+// --- settings, stored until the tab is closed ---
 
 async function connect() {
   try {
     const names = await models(settings.key.value);
-    const chosen = settings.model.value || kept.model;
+    const chosen = settings.model.value || stored.model;
     settings.model.replaceChildren(...names.map((name) => build("option", { textContent: name })));
     if (names.includes(chosen)) settings.model.value = chosen;
     $("served").textContent = names.join(", ");
@@ -239,8 +239,8 @@ async function connect() {
   }
 }
 
-const kept = JSON.parse(sessionStorage.getItem("settings") ?? "{}");
-for (const [name, value] of Object.entries(kept)) if (settings[name]) settings[name].value = value;
+const stored = JSON.parse(sessionStorage.getItem("settings") ?? "{}");
+for (const [name, value] of Object.entries(stored)) if (settings[name]) settings[name].value = value;
 $("settings").addEventListener("change", ({ target }) => {
   sessionStorage.setItem("settings", JSON.stringify(Object.fromEntries(new FormData($("settings")))));
   if (target.name === "key") connect();

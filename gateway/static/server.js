@@ -1,6 +1,6 @@
-// Talks to the server that this page came from: the list of models, and chat completions as a stream.
+// Requests to the server of this page: the list of models, and streamed chat completions.
 
-/** What the server refused, or why it could not be asked (status 0). */
+/** An error response, or with status 0 a connection that failed. */
 export class ServerError extends Error {
   constructor(status, { message, param = null } = {}, retryAfter = null) {
     super(message || "");
@@ -8,7 +8,7 @@ export class ServerError extends Error {
   }
 }
 
-async function ask(path, key, init = {}) {
+async function request(path, key, init = {}) {
   const headers = { "Content-Type": "application/json" };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
@@ -24,26 +24,26 @@ async function ask(path, key, init = {}) {
   try {
     error = JSON.parse(body).error ?? error;
   } catch {
-    // A proxy's page: its first words have to do.
+    // Not JSON, such as the page of a proxy: show its beginning.
   }
   throw new ServerError(response.status, error, response.headers.get("Retry-After"));
 }
 
-/** The names of the models served. */
+/** The names of the served models. */
 export async function models(key) {
-  const { data } = await (await ask("v1/models", key)).json();
+  const { data } = await (await request("v1/models", key)).json();
   return data.map((model) => model.id);
 }
 
 /** Yields the chunks of a streamed answer. Leaving the loop, or `signal`, closes the connection. */
-export async function* chat(request, key, signal) {
-  const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
-  const response = await ask("v1/chat/completions", key, { method: "POST", body, signal });
+export async function* chat(options, key, signal) {
+  const body = JSON.stringify({ ...options, stream: true, stream_options: { include_usage: true } });
+  const response = await request("v1/chat/completions", key, { method: "POST", body, signal });
   try {
     yield* events(response.body.pipeThrough(new TextDecoderStream()));
   } catch (error) {
     if (error instanceof ServerError || signal.aborted) throw error;
-    throw new ServerError(0, { message: error.message }); // the connection broke, or what came is no JSON
+    throw new ServerError(0, { message: error.message }); // the connection broke, or the data is not JSON
   }
 }
 
@@ -53,7 +53,7 @@ async function* events(stream) {
     const lines = (buffer + text).split(/\r?\n/);
     buffer = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data:")) continue; // comments keep a connection alive; blank lines end an event
+      if (!line.startsWith("data:")) continue; // comments keep the connection alive; blank lines end events
       const data = line.slice(5).trim();
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);

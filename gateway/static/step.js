@@ -1,9 +1,9 @@
-// One step of a task as the page shows it: what was asked, the thought as it comes, the action, the figures.
+// One step of a task on the page: the task, the streamed thought, the action, and the measurements.
 import { certainThought, parse } from "./actions.js";
 import { draw, toPixel } from "./overlay.js";
 import { say } from "./strings.js";
 
-/** An element with properties and children. */
+/** Creates an element with properties and children. */
 export function build(name, properties = {}, ...children) {
   const node = Object.assign(document.createElement(name), properties);
   node.append(...children);
@@ -23,7 +23,7 @@ export function icon(name) {
 const ICONS = { Type_Name: "Type" };
 export const actionIcon = (action) => icon(ICONS[action.name] ?? action.name.replace(" ", "-"));
 
-/** What an action says beside its name: places, words. */
+/** An action's arguments as text: points, then strings. */
 export function details(action) {
   const { name, element, start, end, ...words } = action;
   const places = [element, start && [...start, "→", ...end]].filter(Boolean);
@@ -35,7 +35,7 @@ const rounded = (value) => (value < 10 ? Number(value.toFixed(1)) : Math.round(v
 const STAGES = ["queue", "preprocess", "vision", "audio", "prefill", "decode"];
 
 export class Step {
-  /** `asked` are the words, `screen` is {url, width, height} or null, `seconds` the length of the speech or 0. */
+  /** `words` is the task, `screen` is {url, width, height} or null, `seconds` is the length of the recording or 0. */
   constructor(number, { words, screen, seconds }) {
     Object.assign(this, { number, screen, action: null, answer: "" });
     this.thought = build("p", { className: "thought streaming" });
@@ -57,21 +57,21 @@ export class Step {
     this.node.prepend(this.button);
   }
 
-  /** Shows what the server heard in the step's sound. */
-  hear(transcripts) {
-    const text = say("heard", { text: transcripts.join(" ") });
-    this.thought.before(build("p", { className: "heard", textContent: text }));
+  /** Shows the transcripts of the step's recording. */
+  addTranscripts(transcripts) {
+    const text = say("transcript", { text: transcripts.join(" ") });
+    this.thought.before(build("p", { className: "transcript", textContent: text }));
   }
 
-  /** Takes a piece of the answer in, and shows as much of the thought as is certain. */
+  /** Appends a piece of the answer, and shows the part of the thought that is certain. */
   add(piece) {
     this.answer += piece;
     const shown = this.thought.textContent.length;
     const thought = certainThought(this.answer);
-    if (thought.length > shown) this.thought.append(thought.slice(shown)); // only news, for those who listen
+    if (thought.length > shown) this.thought.append(thought.slice(shown)); // only the new part, for screen readers
   }
 
-  /** Shows the action, and returns what happened in words. */
+  /** Shows the action, and returns a description of it. */
   finish(reason) {
     const { thought, action, error } = parse(this.answer);
     this.thought.classList.remove("streaming");
@@ -89,7 +89,7 @@ export class Step {
     return chip;
   }
 
-  /** Says that the step came to nothing. */
+  /** Shows that the step has failed. */
   fail(title, message = "") {
     this.thought.classList.remove("streaming");
     this.node.classList.add("failed");
@@ -101,13 +101,13 @@ export class Step {
     this.body.append(build("p", { className: "warning", role: "alert" }, icon("warn"), text));
   }
 
-  /** `times` in milliseconds: first (token), total. `usage` as the server gave it, or null. */
+  /** Times are in milliseconds: `first` token and `total`. `usage` is the server's, or null. */
   figures({ first, total }, usage) {
     const tokens = usage?.completion_tokens;
     const figures = [];
     if (first !== null) figures.push([`${rounded(first)} ms`, say("first")]);
     figures.push([`${rounded(total)} ms`, say("total")]);
-    const span = usage?.timings?.decode_ms || total - first; // the server's own time, where known: pieces may arrive in bursts
+    const span = usage?.timings?.decode_ms || total - first; // prefer the server's time: pieces may arrive in bursts
     if (tokens > 1 && span > 0) figures.push([Math.round(((tokens - 1) * 1000) / span), say("speed")]);
     if (usage) {
       const cached = usage.prompt_tokens_details?.cached_tokens;
@@ -121,7 +121,7 @@ export class Step {
     this.node.append(build("div", { className: "measures" }, list, ...stages(usage?.timings ?? {}), raw));
   }
 
-  /** The line under the screenshot: where a place lies in pixels. */
+  /** The line below the screenshot: the action's points in pixels. */
   pixels() {
     const places = [this.action?.element, this.action?.start, this.action?.end].filter(Boolean);
     if (!places.length) return "";
@@ -129,7 +129,7 @@ export class Step {
   }
 }
 
-/** The server's milliseconds by stage (usage.timings), where there are any to see: a bar and its legend. */
+/** A bar of the server's milliseconds by stage (usage.timings) and its legend; nothing if all are below 0.5. */
 function stages(timings) {
   const times = STAGES.map((name) => [name, timings[`${name}_ms`]]).filter(([, time]) => time >= 0.5);
   if (!times.length) return [];

@@ -1,18 +1,18 @@
-// What the page says: English, and Chinese where the browser asks for it first.
+// The page's texts, in English and in Chinese. The language is the browser's first.
 
 const STRINGS = {
-  title: ["AutoGLM-Phone playground", "AutoGLM-Phone 试验场"],
+  title: ["AutoGLM-Phone playground", "AutoGLM-Phone 演练场"],
   newTask: ["New task", "新任务"],
   screenshot: ["Screenshot", "截图"],
   conversation: ["Conversation", "对话"],
   dropHere: ["Drop, paste or choose a screenshot", "拖入、粘贴或选择一张截图"],
   intro: [
-    "Give a screenshot and a task. The thought streams in, the action is drawn. Then drop the next screen and go on.",
+    "Add a screenshot and a task. The thought streams in, the action is drawn. Then add the next screenshot.",
     "给一张截图和一个任务：思考会逐字出现，动作会画在屏幕上。然后放入下一张截图，继续下一步。",
   ],
   task: ["Task", "任务"],
-  taskHint: ["What is to be done?", "要做什么？"],
-  nextHint: ["Next screen, then send", "换下一张截图再发送"],
+  taskHint: ["What should be done?", "要做什么？"],
+  nextHint: ["Add the next screenshot, then send", "换下一张截图再发送"],
   chooseImage: ["Choose a screenshot", "选择截图"],
   record: ["Record the task", "录制语音任务"],
   recordEnd: ["Stop recording", "停止录音"],
@@ -22,23 +22,23 @@ const STRINGS = {
   options: ["Options", "选项"],
   apiKey: ["API key", "API 密钥"],
   model: ["Model", "模型"],
-  currentApp: ["Current app, told to the model", "当前应用（告诉模型）"],
-  system: ["System prompt (empty: none is sent)", "系统提示词（留空则不发送）"],
+  currentApp: ["Current app (sent to the model)", "当前应用（告诉模型）"],
+  system: ["System prompt (none if empty)", "系统提示词（留空则不发送）"],
   optionsNote: [
-    "An empty field leaves the choice to the server. All is forgotten when the tab is closed.",
+    "Empty fields use the server's defaults. Closing the tab clears all settings.",
     "留空的选项由服务器决定。关闭标签页后全部清除。",
   ],
-  keyNeeded: ["API key needed", "需要 API 密钥"],
-  offline: ["no answer from the server", "服务器没有响应"],
+  keyNeeded: ["API key required", "需要 API 密钥"],
+  offline: ["server not reachable", "服务器没有响应"],
   step: ["Step {n}", "第 {n} 步"],
   showStep: ["Show step {n}", "查看第 {n} 步"],
   speech: ["Speech, {n} s", "语音 {n} 秒"],
-  heard: ["Heard: “{text}”", "听到：“{text}”"],
+  transcript: ["Transcript: “{text}”", "听到：“{text}”"],
   thinking: ["Thinking", "思考中"],
   recording: ["Recording", "录音中"],
   stopped: ["Stopped", "已停止"],
-  cut: ["The answer was cut at the limit of tokens.", "回答因达到 token 上限而被截断。"],
-  noAction: ["No action could be read", "没有读到动作"],
+  cut: ["The answer was cut off at the token limit.", "回答因达到 token 上限而被截断。"],
+  noAction: ["No valid action", "没有读到动作"],
   raw: ["Raw answer", "原始回答"],
   first: ["first token", "首个 token"],
   total: ["total", "总计"],
@@ -53,11 +53,11 @@ const STRINGS = {
   audio: ["audio", "语音"],
   prefill: ["prefill", "预填充"],
   decode: ["decode", "解码"],
-  needTask: ["Type or record what is to be done.", "请输入或录制任务。"],
-  notImage: ["{name} is neither an image nor a sound that this browser can read.", "{name} 不是浏览器能读取的图片或声音。"],
+  needTask: ["Type or record a task.", "请输入或录制任务。"],
+  notImage: ["{name} is not an image or audio file that this browser can read.", "{name} 不是浏览器能读取的图片或声音。"],
   noMicrophone: ["The microphone cannot be used: {reason}", "无法使用麦克风：{reason}"],
-  insecure: ["it needs HTTPS or localhost", "需要 HTTPS 或 localhost"],
-  errorSpeech: ["The server does not take speech", "服务器不支持语音"],
+  insecure: ["recording requires HTTPS or localhost", "需要 HTTPS 或 localhost"],
+  errorSpeech: ["The server does not support speech", "服务器不支持语音"],
   error0: ["The server cannot be reached", "无法连接服务器"],
   error400: ["The server refused the request", "服务器拒绝了请求"],
   error401: ["The API key was not accepted", "API 密钥未被接受"],
@@ -84,13 +84,13 @@ const STRINGS = {
 
 const column = navigator.language.toLowerCase().startsWith("zh") ? 1 : 0;
 
-/** The words for `key`, {names} filled in; the key itself where there are none. */
+/** The text of `key` with its {names} filled in, or the key itself if it has no text. */
 export function say(key, values = {}) {
   const text = STRINGS[key]?.[column] ?? key;
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }
 
-/** Fills in a page: data-say is an element's text, data-label its name, data-hint its placeholder. */
+/** Sets a page's texts: data-say is an element's text, data-label its accessible name, data-hint its placeholder. */
 export function translate(page) {
   page.documentElement.lang = ["en", "zh-CN"][column];
   page.title = say("title");
@@ -99,7 +99,7 @@ export function translate(page) {
   for (const node of page.querySelectorAll("[data-hint]")) node.placeholder = say(node.dataset.hint);
 }
 
-/** Names a part of the page for those who do not see it, and a button for those who do. */
+/** Sets an element's accessible name, and a button's tooltip. */
 export function label(node, key) {
   if (node.matches("button")) node.title = say(key);
   node.setAttribute("aria-label", say(key));

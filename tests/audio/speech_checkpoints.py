@@ -1,6 +1,4 @@
-"""Tiny speech encoders with random weights, as Hugging Face directories, and sounds to feed them."""
-
-from __future__ import annotations
+"""Small random speech encoders and projectors as Hugging Face directories, and audio clips."""
 
 import io
 import json
@@ -21,8 +19,10 @@ HIDDEN = 32
 def write_encoder(
     directory: Path, norm: Literal["group", "layer"], seed: int = 0, head: bool = True, adapters: int | None = None
 ) -> Path:
-    """A Wav2Vec2 as the base ("group") or the large ("layer") checkpoints are, with the real strides; `adapters` is the
-    size of those in its layers, if it has any."""
+    """A Wav2Vec2 like the base ("group") or the large ("layer") checkpoints, with the real strides.
+
+    adapters: size of the adapters in its layers, if it has any.
+    """
     import transformers
 
     untyped: Any = transformers
@@ -47,7 +47,7 @@ def write_encoder(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name == "lm_head.weight":
-                parameter.normal_()  # letters that differ
+                parameter.normal_()  # so that letters differ
             elif "layer_norm" in name:
                 parameter.add_(torch.randn_like(parameter) / 4)
     model.save_pretrained(directory)
@@ -59,19 +59,22 @@ def write_encoder(
 
 def write_projector(directory: Path, output_size: int, frames_per_token: int = 5, norm: bool = False) -> Path:
     torch.manual_seed(1)
-    Projector(ProjectorConfig(frames_per_token, HIDDEN, 48, output_size), norm).save(directory)
+    config = ProjectorConfig(
+        frames_per_token=frames_per_token, input_size=HIDDEN, hidden_size=48, output_size=output_size
+    )
+    Projector(config, norm).save(directory)
     return directory
 
 
 def sound_file(samples: npt.NDArray[np.float32], rate: int = 16000, format: str = "WAV", **options: Any) -> bytes:
-    """An encoded file; samples [n] or [n, channels]."""
+    """An encoded audio file; samples [n] or [n, channels]."""
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=format, **options)
     return file.getvalue()
 
 
 def tone(seconds: float, rate: int = 16000, pitch: float = 220.0, seed: int = 0) -> npt.NDArray[np.float32]:
-    """fp32 [samples]: a gliding tone in noise."""
+    """fp32 [samples]: a tone of rising pitch with noise."""
     times = np.arange(int(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(0, 0.05, len(times))
     return (0.3 * np.sin(2 * np.pi * pitch * times * (1 + times / 4)) + noise).astype(np.float32)

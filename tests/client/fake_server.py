@@ -1,20 +1,30 @@
-"""A gRPC server that speaks as Triton does about an ensemble, with answers told by the prompt.
+"""A gRPC server with the protocol of Triton and its ensemble, whose answers are scripted by the prompt.
 
-It imitates what was observed of Triton 24.10: errors as text in the stream, and an ensemble whose last step goes on
-after its call was cancelled until a stop request reaches it.
+It imitates Triton 24.10: errors are texts in the stream, and the last step of an ensemble continues after its call was
+cancelled, until it receives a stop request.
+
+A prompt (or the last text of a chat) of the form `verb:argument` selects an answer, any other one gets ANSWER:
+    abort:CODE:details, error:text   one response, then a gRPC status or an error in the stream
+    fail:CODE:details, refuse:text   the same without a response
+    finish:reason                    two responses, the second with a finish reason
+    unreadable:logprobs              a response with these LOGPROBS, or without argument a broken TEXT
+    parameters                       the request's parameters as JSON
+    endless                          a response every 20 ms until the request is stopped
+    silent                           no response until the request is stopped
+    deaf                             no response; stop requests find no such request
 """
-
-from __future__ import annotations
 
 import json
 import struct
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import grpc
+import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 ANSWER = ["<think>点", "设置", "</think>", "<answer>", 'do(action="Tap", ', "element=[517,233])"]
@@ -38,7 +48,7 @@ USAGE = {
 
 
 class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Serves on 127.0.0.1, on a free port unless told which, while its `with` block lasts."""
+    """Serves on 127.0.0.1, by default on a free port, inside its `with` block."""
 
     def __init__(self, url: str = "127.0.0.1:0") -> None:
         self.requests: list[Any] = []
@@ -48,7 +58,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.url = f"127.0.0.1:{self._server.add_insecure_port(url)}"
 
-    def __enter__(self) -> FakeServer:
+    def __enter__(self) -> "FakeServer":
         self._server.start()
         return self
 
@@ -60,7 +70,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self._server.stop(0).wait()
 
     def was_stopped(self, request_id: str) -> bool:
-        """Whether a stop request for that id comes within 5 seconds."""
+        """Whether a stop request for this id arrives within 5 seconds."""
         return self.stopped.setdefault(request_id, threading.Event()).wait(5)
 
     def was_cancelled(self, request_id: str) -> bool:
@@ -70,8 +80,20 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:
         return service_pb2.ModelReadyResponse(ready=request.name == "ensemble")
 
+    def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Of preprocess: PROMPT_IDS are the bytes of the prompt."""
+        assert request.model_name == "preprocess"
+        self.requests.append(request)
+        verb, _, argument = prompt_of(request).partition(":")
+        if verb == "fail":
+            code, _, details = argument.partition(":")
+            context.abort(grpc.StatusCode[code], details)
+        answer = service_pb2.ModelInferResponse()
+        answer.raw_output_contents.append(np.frombuffer(prompt_of(request).encode(), np.uint8).astype("<i4").tobytes())
+        return answer
+
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        # With this header Triton 24.10 dies of the first errors.
+        # Triton 24.10 crashes on errors when this header is sent.
         assert "triton_grpc_error" not in dict(context.invocation_metadata())
         for request in requests:
             stop = self.stopped.setdefault(request.id, threading.Event())
@@ -79,7 +101,7 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 assert request.parameters["STOP"].bool_param
                 assert [(i.name, i.datatype, list(i.shape)) for i in request.inputs] == [("PROMPT_IDS", "INT32", [0])]
                 stop.set()
-                if request.id in self.cancelled:  # "deaf": not there yet
+                if request.id in self.cancelled:  # "deaf"
                     yield service_pb2.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: id: not running")
                 else:
                     yield response(finish_reason="cancelled")
@@ -88,17 +110,20 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 yield from self._answer(request, stop, context)
 
     def _answer(self, request: Any, stop: threading.Event, context: grpc.ServicerContext) -> Iterator[Any]:
-        prompt = inputs(request).get("PROMPT", [b""])[0].decode()
-        verb, _, argument = prompt.partition(":")
+        verb, _, argument = prompt_of(request).partition(":")
         logprobs = json.dumps(LOGPROBS) if "logprobs" in request.parameters else ""
-        heard = [f"{len(file)} bytes" for file in inputs(request).get("AUDIO", [])]
-        if verb == "abort":
+        transcripts = [f"{len(file)} bytes" for file in inputs(request).get("AUDIO", [])]
+        if verb in ("abort", "fail"):
             code, _, details = argument.partition(":")
-            yield response("a ")
+            if verb == "abort":
+                yield response("a ")
             context.abort(grpc.StatusCode[code], details)
-        elif verb == "error":
-            yield response("a ")
+        elif verb in ("error", "refuse"):
+            if verb == "error":
+                yield response("a ")
             yield service_pb2.ModelStreamInferResponse(error_message=argument)
+        elif verb == "parameters":
+            yield response(json.dumps(parameters(request)), [1], "stop", json.dumps(USAGE))
         elif verb == "deaf":
             over = self.cancelled.setdefault(request.id, threading.Event())
             context.add_callback(over.set)
@@ -121,10 +146,12 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             stop.wait(20)
         elif request.parameters["stream"].bool_param:
             for number, text in enumerate(ANSWER):
-                yield response(text, [number, number], heard=heard if number == 0 else (), logprobs=logprobs)
+                yield response(
+                    text, [number, number], transcripts=transcripts if number == 0 else (), logprobs=logprobs
+                )
             yield response(finish_reason="stop", usage=json.dumps(USAGE))
         else:
-            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE), heard, logprobs)
+            yield response("".join(ANSWER), list(range(12)), "stop", json.dumps(USAGE), transcripts, logprobs)
 
 
 def response(
@@ -132,7 +159,7 @@ def response(
     ids: list[int] | None = None,
     finish_reason: str = "",
     usage: str = "",
-    heard: Sequence[str] = (),
+    transcripts: Sequence[str] = (),
     logprobs: str = "",
 ) -> Any:
     """A response of the ensemble."""
@@ -142,7 +169,7 @@ def response(
         ("TEXT", "BYTES", [1], strings(text)),
         ("TOKEN_IDS", "INT32", [len(ids)], struct.pack(f"<{len(ids)}i", *ids)),
         ("LOGPROBS", "BYTES", [1], strings(logprobs)),
-        ("TRANSCRIPTS", "BYTES", [len(heard)], b"".join(map(strings, heard))),
+        ("TRANSCRIPTS", "BYTES", [len(transcripts)], b"".join(map(strings, transcripts))),
         ("FINISH_REASON", "BYTES", [1], strings(finish_reason)),
         ("USAGE", "BYTES", [1], strings(usage)),
     ):
@@ -154,6 +181,22 @@ def response(
 def strings(text: str) -> bytes:
     """A BYTES tensor of one element."""
     return struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def parameters(request: Any) -> dict[str, Any]:
+    """The parameters of a request by name."""
+    return {name: getattr(each, each.WhichOneof("parameter_choice")) for name, each in request.parameters.items()}
+
+
+def prompt_of(request: Any) -> str:
+    """PROMPT, or the last text of MESSAGES."""
+    tensors = inputs(request)
+    if "PROMPT" in tensors:
+        return tensors["PROMPT"][0].decode()
+    with suppress(ValueError, LookupError, TypeError):  # not a chat
+        content = json.loads(tensors["MESSAGES"][0])[-1]["content"]
+        return content if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"][-1]
+    return ""
 
 
 def inputs(request: Any) -> dict[str, list[bytes]]:

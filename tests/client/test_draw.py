@@ -1,4 +1,4 @@
-"""Drawn actions: in the right place, and visible on any ground."""
+"""Drawn actions: their positions, and their visibility on any background."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 SIZE = (540, 1200)
-GROUNDS = [(0, 0, 0), (255, 255, 255), (128, 128, 128), INK]
+BACKGROUNDS = [(0, 0, 0), (255, 255, 255), (128, 128, 128), INK]
 ACTIONS = [
     Tap(Point(500, 250)),
     DoubleTap(Point(500, 250)),
@@ -23,22 +23,22 @@ ACTIONS = [
 ]
 
 
-def contrast(ground: tuple[int, int, int], action: Action, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
-    """[height, width]: how far each pixel is from the ground, 0 to 255."""
-    plain = Image.new("RGB", size, ground)
+def contrast(background: tuple[int, int, int], action: Action, size: tuple[int, int] = SIZE) -> NDArray[np.uint8]:
+    """[height, width]: how far each pixel differs from the background, 0 to 255."""
+    plain = Image.new("RGB", size, background)
     difference: NDArray[np.uint8] = np.asarray(ImageChops.difference(plain, draw(plain, action))).max(axis=2)
     return difference
 
 
-@pytest.mark.parametrize("ground", GROUNDS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
 @pytest.mark.parametrize("action", ACTIONS, ids=str)
-def test_is_visible_on_any_ground(ground: tuple[int, int, int], action: Action) -> None:
-    assert (contrast(ground, action) > 100).sum() > 400
+def test_actions_are_visible_on_any_background(background: tuple[int, int, int], action: Action) -> None:
+    assert (contrast(background, action) > 100).sum() > 400
 
 
 @pytest.mark.parametrize("point", [Point(0, 0), Point(500, 250), Point(999, 999)])
 @pytest.mark.parametrize("size", [(90, 160), SIZE, (2400, 1080)])
-def test_a_tap_is_drawn_where_it_hits_and_nowhere_else(point: Point, size: tuple[int, int]) -> None:
+def test_a_tap_is_drawn_only_around_its_point(point: Point, size: tuple[int, int]) -> None:
     changed = contrast((0, 0, 0), Tap(point), size) > 0
     x, y = point.to_pixels(size)
     assert changed[y, x]
@@ -47,7 +47,7 @@ def test_a_tap_is_drawn_where_it_hits_and_nowhere_else(point: Point, size: tuple
     assert max(abs(rows - y).max(), abs(columns - x).max()) <= reach
 
 
-def test_a_swipe_goes_from_start_to_end_and_its_head_is_at_the_end() -> None:
+def test_a_swipe_is_an_arrow_from_start_to_end() -> None:
     changed = contrast((255, 255, 255), Swipe(Point(500, 800), Point(500, 200))) > 0
     assert changed[240:960, 270].all()
     assert not changed[:220].any()
@@ -56,7 +56,7 @@ def test_a_swipe_goes_from_start_to_end_and_its_head_is_at_the_end() -> None:
     assert widths[240:280].max() > widths[920:960].max() > widths[600]
 
 
-def test_a_caption_stays_at_the_bottom_however_long() -> None:
+def test_long_captions_stay_at_the_bottom() -> None:
     short = contrast((0, 0, 0), Type("你好"))
     long = contrast((0, 0, 0), Type("很长 " * 200))
     lines = contrast((0, 0, 0), Type("一\n二\n三"))
@@ -68,11 +68,11 @@ def test_a_caption_stays_at_the_bottom_however_long() -> None:
     assert (lines > 0).sum() > (short > 0).sum()
 
 
-def test_different_words_look_different() -> None:
+def test_different_texts_look_different() -> None:
     assert (contrast((0, 0, 0), Type("abc")) != contrast((0, 0, 0), Type("abd"))).any()
 
 
-def test_leaves_the_image_alone_and_takes_any_mode() -> None:
+def test_images_of_any_mode_are_copied() -> None:
     image = Image.new("P", (100, 100))
     before = image.tobytes()
     assert draw(image, Tap(Point(5, 5), "付款")).mode == "RGB"

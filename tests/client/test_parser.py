@@ -1,4 +1,4 @@
-"""The action language: what is read, what is refused and where, and that what is written is read back."""
+"""The parser of the action language: valid texts, errors and their positions, and round trips."""
 
 import random
 import re
@@ -56,7 +56,7 @@ ACTIONS = [
 
 
 @pytest.mark.parametrize(("text", "action"), ACTIONS, ids=[text for text, _ in ACTIONS])
-def test_reads_every_action(text: str, action: Action) -> None:
+def test_parses_every_action(text: str, action: Action) -> None:
     assert parse(text).action == action
     answer = parse(f"<think>先看屏幕。\n再点。</think>\n<answer>\n{text}\n</answer>\n")
     assert (answer.thought, answer.action) == ("先看屏幕。\n再点。", action)
@@ -77,7 +77,7 @@ STRINGS = [
 
 
 @pytest.mark.parametrize(("written", "text"), STRINGS)
-def test_reads_strings(written: str, text: str) -> None:
+def test_parses_strings(written: str, text: str) -> None:
     assert parse(f'do(action="Type", text={written})').action == Type(text)
     assert parse(f"<answer>finish(message={written})</answer>").action == Finish(text)
 
@@ -93,7 +93,7 @@ THOUGHTS = [
 
 
 @pytest.mark.parametrize(("text", "thought"), THOUGHTS)
-def test_finds_the_action_behind_the_thought(text: str, thought: str) -> None:
+def test_finds_the_action_after_the_thought(text: str, thought: str) -> None:
     answer = parse(text)
     assert (answer.thought, answer.action) == (thought, Back())
 
@@ -102,7 +102,8 @@ FAULTS = [
     ("", "no action", 0),
     ("I do not know", "no action", 13),
     ("<think>a</think><answer>Back</answer>", "no action", 37),
-    ('do(action="Fly")', "allowed are Launch", 10),
+    ('do(action="Fly")', "action must be one of Launch, Tap", 10),
+    ('do(action="finish")', "action must be one of Launch, Tap", 10),
     ("do(action=Tap)", "quotes", 10),
     ('do(action="Back"', "expected", 16),
     ('do(action="Back") and more', "text after the action", 18),
@@ -111,8 +112,8 @@ FAULTS = [
     ('do(action="Tap", element=[1])', "expected ','", 27),
     ('do(action="Tap", element=[1,2,3])', "expected ']'", 29),
     ('do(action="Tap", element=[1.5,2])', "expected ','", 27),
-    ('do(action="Tap", element=[1000,2])', "allowed are 0 to 999", 26),
-    ('do(action="Tap", element=[-1,2])', "allowed are 0 to 999", 26),
+    ('do(action="Tap", element=[1000,2])', "between 0 and 999 (got 1000)", 26),
+    ('do(action="Tap", element=[-1,2])', "between 0 and 999 (got -1)", 26),
     ('do(action="Tap", element="1,2")', "expected a point", 25),
     ('do(action="Back", element=[1,2])', "takes no argument 'element'", 26),
     ('do(action="Tap", element=[1,2], element=[1,2])', "given twice", 32),
@@ -121,13 +122,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("text", "message", "position"), FAULTS)
-def test_says_what_is_wrong_and_where(text: str, message: str, position: int) -> None:
+def test_errors_have_a_message_and_a_position(text: str, message: str, position: int) -> None:
     with pytest.raises(ActionError, match=re.escape(message)) as caught:
         parse(text)
     assert caught.value.position == position
 
 
-def test_reads_back_what_it_writes() -> None:
+def test_written_actions_parse_to_themselves() -> None:
     random.seed(0)
     pieces = [*"\"'\\\n\t(),= 你😀n", "message", "</answer>", "<answer>", "do"]
 
@@ -137,7 +138,7 @@ def test_reads_back_what_it_writes() -> None:
     def point() -> Point:
         return Point(random.randint(0, 999), random.randint(0, 999))
 
-    for kind in (*KINDS, Finish) * 200:
+    for kind in list(KINDS.values()) * 200:
         values = {"element": point(), "start": point(), "end": point(), "message": string(), "text": string()}
         values |= {"app": string(), "instruction": string(), "duration": string()}
         action = kind(**{f.name: values[f.name] for f in fields(kind)})
@@ -145,7 +146,7 @@ def test_reads_back_what_it_writes() -> None:
         assert parse(text).action == action, text
 
 
-def test_cutting_an_answer_anywhere_raises_nothing_else() -> None:
+def test_truncated_answers_raise_only_action_errors() -> None:
     text = '<think>a "b" \\</think>\n<answer>do(action="Tap", element=[1,2], message="x \\"y\\" ,z=")</answer>'
     for end in range(len(text)):
         try:
@@ -158,12 +159,10 @@ def test_cutting_an_answer_anywhere_raises_nothing_else() -> None:
     ("point", "size", "pixel"),
     [((0, 0), (1080, 2400), (0, 0)), ((999, 999), (1080, 2400), (1078, 2397)), ((517, 233), (1080, 2400), (558, 559))],
 )
-def test_pixels_follow_the_phone_agents_rule(
-    point: tuple[int, int], size: tuple[int, int], pixel: tuple[int, int]
-) -> None:
+def test_pixels_are_rounded_down(point: tuple[int, int], size: tuple[int, int], pixel: tuple[int, int]) -> None:
     assert Point(*point).to_pixels(size) == pixel
 
 
 @pytest.mark.parametrize(("duration", "seconds"), [("3 seconds", 3.0), ("2.5", 2.5), ("a while", 1.0)])
-def test_wait_as_a_number(duration: str, seconds: float) -> None:
+def test_wait_has_its_duration_in_seconds(duration: str, seconds: float) -> None:
     assert Wait(duration).seconds == seconds

@@ -1,4 +1,4 @@
-"""Showing the thought while the answer streams."""
+"""Extraction of the thought from a streamed answer."""
 
 import random
 
@@ -19,7 +19,7 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("answer", "thought"), ANSWERS)
-def test_shows_the_thought_only_however_it_is_cut(answer: str, thought: str) -> None:
+def test_only_the_thought_is_shown_for_any_split_into_pieces(answer: str, thought: str) -> None:
     random.seed(0)
     for _ in range(50):
         shown = ThoughtFilter()
@@ -32,7 +32,7 @@ def test_shows_the_thought_only_however_it_is_cut(answer: str, thought: str) -> 
         assert seen + shown.end() == thought
 
 
-def test_holds_back_only_what_may_be_a_tag() -> None:
+def test_only_possible_tags_are_held_back() -> None:
     shown = ThoughtFilter()
     assert shown.feed("<think>点设置") == "点设置"
     assert shown.feed("<") == ""

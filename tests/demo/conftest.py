@@ -19,6 +19,6 @@ def samples_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def fonts() -> None:
-    """Needed by what draws screens."""
+    """Skips a test that draws screens if fonts are missing."""
     if packages := missing_packages():
         pytest.skip(f"drawing screens needs fonts: apt-get install --no-install-recommends {' '.join(packages)}")

@@ -11,7 +11,7 @@ from autoglm.llm.mrope import prompt_positions
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
 from demo import model as demo_model
 from demo.backends import LibraryBackend
-from demo.evaluate import POINTED
+from demo.evaluate import TAP_ACTION
 
 FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -25,16 +25,16 @@ def samples(samples_directory: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return [((samples_directory / entry["image"]).read_bytes(), entry) for entry in entries]
 
 
-def test_the_directory_is_complete_and_small(checkpoint_directory: Path) -> None:
+def test_the_checkpoint_is_complete_and_small(checkpoint_directory: Path) -> None:
     assert {path.name for path in checkpoint_directory.iterdir()} == FILES
     assert sum(path.stat().st_size for path in checkpoint_directory.iterdir()) <= 20_000_000
 
 
-def test_the_samples_are_small(samples_directory: Path) -> None:
+def test_sample_screens_are_small(samples_directory: Path) -> None:
     assert all(path.stat().st_size < 300_000 for path in samples_directory.iterdir())
 
 
-def test_the_configuration_is_the_one_that_the_code_writes(checkpoint_directory: Path, tmp_path: Path) -> None:
+def test_export_writes_the_committed_configuration(checkpoint_directory: Path, tmp_path: Path) -> None:
     tokenizer = demo_model.tokenizer()
     model = demo_model.DemoModel(demo_model.text_config(tokenizer), demo_model.vision_config())
     demo_model.export(model, tokenizer, tmp_path)
@@ -46,12 +46,12 @@ def test_the_configuration_is_the_one_that_the_code_writes(checkpoint_directory:
     assert checkpoint.vision == demo_model.vision_config()
 
 
-def test_the_samples_are_answered_rightly(
+def test_samples_are_answered_correctly(
     checkpoint_directory: Path, samples: list[tuple[bytes, dict[str, Any]]]
 ) -> None:
     backend = LibraryBackend(checkpoint_directory)
     try:
-        answers = backend.ask([(image, str(task["task"])) for image, task in samples])
+        answers = backend.answer([(image, str(task["task"])) for image, task in samples])
     finally:
         backend.close()
     for (_, task), answer in zip(samples, answers, strict=True):
@@ -60,25 +60,25 @@ def test_the_samples_are_answered_rightly(
         if "box" not in task:
             assert action == task["action"], task
             continue
-        found = POINTED.fullmatch(action)
-        assert found, (task, answer)
+        tap = TAP_ACTION.fullmatch(action)
+        assert tap, (task, answer)
         left, top, right, bottom = task["box"]
-        assert left <= int(found[2]) < right and top <= int(found[3]) < bottom, (task, answer)
+        assert left <= int(tap[2]) < right and top <= int(tap[3]) < bottom, (task, answer)
 
 
 def test_the_answer_depends_on_the_screen(checkpoint_directory: Path, samples_directory: Path) -> None:
     files = ["launcher.png", "search.png", "cards.png", "settings.png", "form.png", "toolbar.png"]
     backend = LibraryBackend(checkpoint_directory)
     try:
-        answers = backend.ask([((samples_directory / name).read_bytes(), "打开京东") for name in files])
+        answers = backend.answer([((samples_directory / name).read_bytes(), "打开京东") for name in files])
     finally:
         backend.close()
-    points = [POINTED.search(answer) for answer in answers]
+    points = [TAP_ACTION.search(answer) for answer in answers]
     assert all(points[:3]) and len({point[0] for point in points[:3] if point}) == 3
     assert all(answer.endswith('do(action="Launch", app="京东")') for answer in answers[3:])
 
 
-def test_transformers_loads_it_and_answers_the_same(
+def test_transformers_gives_the_same_answer(
     checkpoint_directory: Path, samples_directory: Path, samples: list[tuple[bytes, dict[str, Any]]]
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def test_transformers_loads_it_and_answers_the_same(
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint_directory)
     backend = LibraryBackend(checkpoint_directory)
     image, task = samples[0]
-    expected = backend.ask([(image, str(task["task"]))])[0]
+    expected = backend.answer([(image, str(task["task"]))])[0]
     backend.close()
 
     checkpoint = Checkpoint.open(checkpoint_directory)
@@ -103,8 +103,8 @@ def test_transformers_loads_it_and_answers_the_same(
     )
     count = grid[1] * grid[2] // 4
     ids = tokenizer(text.replace("<|image|>", "<|image|>" * count), add_special_tokens=False)["input_ids"]
-    _, following = prompt_positions(ids, [grid], checkpoint.image_token_id, 2)
-    assert following < len(ids)  # the image takes fewer positions than tokens
+    _, next_position = prompt_positions(ids, [grid], checkpoint.image_token_id, 2)
+    assert next_position < len(ids)  # an image takes fewer positions than tokens
     batch = torch.tensor([ids])
     with torch.inference_mode():
         out = model.generate(

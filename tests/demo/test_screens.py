@@ -16,14 +16,14 @@ def screens() -> list[Screen]:
     return [render(seed, "test", (360, 800)) for seed in range(120)]
 
 
-def test_a_seed_always_draws_the_same_screen() -> None:
+def test_screens_are_deterministic() -> None:
     for seed in range(5):
         first, second = render(seed), render(seed)
         assert first.elements == second.elements
         assert first.image.tobytes() == second.image.tobytes()
 
 
-def test_splits_and_seeds_draw_different_screens() -> None:
+def test_splits_and_seeds_give_different_screens() -> None:
     assert render(1, "test", (360, 800)).elements != render(1, "train", (360, 800)).elements
     assert render(1, "test", (360, 800)).elements != render(2, "test", (360, 800)).elements
 
@@ -36,7 +36,7 @@ def test_the_layout_does_not_depend_on_the_resolution() -> None:
         assert one.box == pytest.approx(other.box, abs=0.02)
 
 
-def test_elements_lie_on_the_screen_and_do_not_share_a_name(screens: list[Screen]) -> None:
+def test_elements_are_on_the_screen_and_have_distinct_labels(screens: list[Screen]) -> None:
     for screen in screens:
         names = [element.label for element in screen.elements]
         assert len(names) == len(set(names))
@@ -48,7 +48,7 @@ def test_elements_lie_on_the_screen_and_do_not_share_a_name(screens: list[Screen
             assert left * 1000 <= x < right * 1000 and top * 1000 <= y < bottom * 1000
 
 
-def test_a_tap_belongs_to_one_element_only(screens: list[Screen]) -> None:
+def test_a_centre_is_in_the_box_of_one_element_only(screens: list[Screen]) -> None:
     for screen in screens:
         tappable = [element for element in screen.elements if element.role != "title"]
         for element in tappable:
@@ -57,7 +57,7 @@ def test_a_tap_belongs_to_one_element_only(screens: list[Screen]) -> None:
             assert hit == [element.label]
 
 
-def test_something_is_drawn_where_an_element_is_marked(screens: list[Screen]) -> None:
+def test_marks_contain_ink(screens: list[Screen]) -> None:
     for screen in screens[:40]:
         width, height = screen.image.size
         for element in screen.elements:
@@ -76,7 +76,7 @@ def test_every_kind_language_and_role_occurs(screens: list[Screen]) -> None:
     assert roles == {"target", "title", "field", "focused"}
 
 
-def test_training_never_shows_held_out_pairs() -> None:
+def test_training_screens_have_no_held_out_pairs() -> None:
     words = {name for group in (vocabulary.FIELDS, vocabulary.TABS) for names in group.values() for name in names}
     shown = 0
     for seed in range(150):
@@ -92,11 +92,11 @@ def test_training_never_shows_held_out_pairs() -> None:
     assert sum(held_out(*pair) for pair in test_pairs) > 50
 
 
-def test_sizes_are_those_of_phones() -> None:
+def test_screens_have_the_size_of_a_phone() -> None:
     assert render(3).image.size in SIZES
 
 
-def test_missing_fonts_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_missing_fonts_are_reported_with_their_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("AUTOGLM_DEMO_FONTS", str(tmp_path))
     _files.cache_clear()
     try:

@@ -13,7 +13,7 @@ def tokenizer(checkpoint_directory: Path) -> Tokenizer:
     return Tokenizer.from_file(str(checkpoint_directory / "tokenizer.json"))
 
 
-def test_the_committed_tokenizer_is_the_one_that_the_code_builds(tokenizer: Tokenizer) -> None:
+def test_the_committed_tokenizer_is_reproducible(tokenizer: Tokenizer) -> None:
     assert tokenizer.to_str() == demo_model.tokenizer().to_str()
 
 
@@ -28,18 +28,18 @@ def test_the_committed_tokenizer_is_the_one_that_the_code_builds(tokenizer: Toke
         '<think>“设置”在屏幕上，点击它。</think><answer>do(action="Tap", element=[517,233])</answer>',
     ],
 )
-def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_is_decoded_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_numbers_are_whole(tokenizer: Tokenizer) -> None:
+def test_numbers_are_single_tokens(tokenizer: Tokenizer) -> None:
     assert len(set(number_ids(tokenizer))) == 1000
     for number in (0, 9, 10, 99, 100, 412, 533, 805, 999):
         ids = tokenizer.encode(f"[{number},{999 - number}]").ids
         assert [tokenizer.decode([i]) for i in ids] == ["[", str(number), ",", str(999 - number), "]"]
 
 
-def test_special_tokens_come_in_glms_order_and_only_tags_are_text(tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_in_the_order_of_glm(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.token_to_id(token) or 0 for token in (*SPECIAL, *TAGS)]
     assert ids == list(range(ids[0], ids[0] + len(ids)))
     assert ids[-1] == tokenizer.get_vocab_size() - 1
@@ -47,11 +47,11 @@ def test_special_tokens_come_in_glms_order_and_only_tags_are_text(tokenizer: Tok
     assert [added[i].special for i in ids] == [True] * len(SPECIAL) + [False] * len(TAGS)
 
 
-def test_a_label_nearly_always_has_the_same_tokens(tokenizer: Tokenizer) -> None:
+def test_labels_have_the_same_tokens_in_98_percent_of_phrases(tokenizer: Tokenizer) -> None:
     whole = []
     for label in vocabulary.labels():
         for language in vocabulary.LANGUAGES:
-            name = vocabulary.spoken(label, language)
+            name = vocabulary.name_of(label, language)
             forms = [tokenizer.encode(text).ids for text in (name, f" {name}")]
             for phrase in (*phrases.TAP[language], *phrases.OPEN[language]):
                 ids = tokenizer.encode(phrase.format(name)).ids

@@ -1,4 +1,4 @@
-"""docker-compose.yml and Dockerfile: valid, and in agreement with each other and with the repository."""
+"""docker-compose.yml and Dockerfile are valid and consistent with each other and with the repository."""
 
 import json
 import re
@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from autoglm_launcher import arguments
+from autoglm_launcher import ROOT, arguments
 from autoglm_launcher.ports import Ports
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKDIR = "/opt/autoglm"
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
@@ -39,17 +38,17 @@ def only(dockerfile: list[tuple[str, str]], name: str) -> str:
 
 
 def default_of(text: str) -> str:
-    """What compose makes of ${NAME:-default} when NAME is not set."""
+    """The value of ${NAME:-default} when NAME is not set."""
     return VARIABLE.sub(lambda match: match[2], text)
 
 
 def copied(dockerfile: list[tuple[str, str]]) -> set[str]:
-    """The paths of the repository that the image gets."""
+    """The paths of the repository that are copied into the image."""
     return {source for name, line in dockerfile if name == "COPY" for source in line.split()[:-1]}
 
 
-def test_follows_the_schema_of_compose() -> None:
-    pytest.importorskip("check_jsonschema", reason="check-jsonschema, which carries the schema, is not installed")
+def test_the_compose_file_follows_its_schema() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema, which includes the schema, is not installed")
     command = [
         sys.executable,
         "-m",
@@ -65,7 +64,7 @@ def test_follows_the_schema_of_compose() -> None:
 def test_the_image_is_pinned_to_a_release(dockerfile: list[tuple[str, str]]) -> None:
     image = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:(\d\d)\.(\d\d)-py3", only(dockerfile, "FROM"))
     assert image
-    # The first release whose readiness notices a dead model process.
+    # The first release whose readiness detects a dead model process.
     assert (int(image[1]), int(image[2])) >= (26, 4)
 
 
@@ -95,21 +94,21 @@ def test_the_health_check_sends_a_request(service: dict[str, Any], dockerfile: l
     assert check["test"][4:] == ["--gateway", f"127.0.0.1:{arguments.parse([]).gateway_port}"]
     for name in ("interval", "timeout", "retries", "start_period"):
         assert f"--{name.replace('_', '-')}={check[name]}" in options.split()
-    # The probe gives up by itself and says why, before the engine ends it: 30 s on the server, 15 on the gateway.
+    # The probe times out first, with a reason: after 30 s for the server and 15 s for the gateway.
     assert int(check["timeout"].removesuffix("s")) > 30 + 15
 
 
 def test_everything_that_is_copied_exists_and_reaches_the_build(dockerfile: list[tuple[str, str]]) -> None:
-    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    included = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for source in copied(dockerfile):
         assert (ROOT / source).exists(), source
         assert any(
             source.removeprefix("./") == path or source.startswith(f"./{path}/") or source.startswith(f"{path}/")
-            for path in (*kept, *(f"./{path}" for path in kept))
+            for path in (*included, *(f"./{path}" for path in included))
         ), f"{source} is ignored by .dockerignore"
 
 
-def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]) -> None:
+def test_everything_that_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]) -> None:
     needed = {
         "autoglm",
         "autoglm_launcher",
@@ -120,14 +119,16 @@ def test_everything_the_server_reads_is_copied(dockerfile: list[tuple[str, str]]
         "autoglm-config.yaml",
         "demo/samples",
         "demo/speech/samples",
+        "constraints",
+        "pyproject.toml",
+        "LICENSE",
     }
-    needed.add("pyproject.toml")
     readme = re.search(r'^readme = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     needed |= {readme[1]} if readme else set()
     assert needed <= {source.removeprefix("./") for source in copied(dockerfile)}
 
 
-def test_the_packages_of_what_the_launcher_starts_are_installed(dockerfile: list[tuple[str, str]]) -> None:
+def test_the_packages_of_the_started_processes_are_installed(dockerfile: list[tuple[str, str]]) -> None:
     (command,) = [line for name, line in dockerfile if name == "RUN" and "autoglm_launcher.venv" in line]
     assert command.endswith("-m autoglm_launcher.venv --no-server gateway")
 
@@ -150,7 +151,7 @@ def test_paths_of_volumes_and_environment_agree(service: dict[str, Any], dockerf
     assert preset == f"${{AUTOGLM_PRESET:+{WORKDIR}/presets/${{AUTOGLM_PRESET:-}}.yaml}}"
 
 
-def test_every_variable_is_one_that_something_reads(service: dict[str, Any]) -> None:
+def test_every_variable_is_read_by_the_product(service: dict[str, Any]) -> None:
     sources = "".join(
         path.read_text() for folder in ("autoglm", "autoglm_launcher") for path in (ROOT / folder).rglob("*.py")
     )
@@ -158,7 +159,9 @@ def test_every_variable_is_one_that_something_reads(service: dict[str, Any]) -> 
         assert name == "CUDA_VISIBLE_DEVICES" or name.removeprefix("AUTOGLM_") in sources, name
 
 
-def test_runs_without_rights_it_does_not_need(service: dict[str, Any], dockerfile: list[tuple[str, str]]) -> None:
+def test_the_container_has_only_the_privileges_it_needs(
+    service: dict[str, Any], dockerfile: list[tuple[str, str]]
+) -> None:
     assert service["user"] == only(dockerfile, "USER") == "1000:1000"
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -167,7 +170,7 @@ def test_runs_without_rights_it_does_not_need(service: dict[str, Any], dockerfil
     assert [mount.split(":")[0] for mount in service["tmpfs"]] == ["/tmp"]
 
 
-def test_stays_up_and_has_what_triton_needs(service: dict[str, Any]) -> None:
+def test_the_service_restarts_and_has_shared_memory_and_gpus(service: dict[str, Any]) -> None:
     assert service["restart"] == "unless-stopped"
     assert service["init"] is True
     assert int(service["shm_size"].removesuffix("gb")) >= 1
@@ -175,5 +178,5 @@ def test_stays_up_and_has_what_triton_needs(service: dict[str, Any]) -> None:
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
 
 
-def test_a_stop_waits_longer_than_the_launcher_needs(service: dict[str, Any]) -> None:
+def test_the_stop_grace_period_is_longer_than_the_launchers(service: dict[str, Any]) -> None:
     assert int(service["stop_grace_period"].removesuffix("s")) > 15

@@ -4,17 +4,17 @@ import pytest
 import yaml
 
 from autoglm.config import Config, load_config
+from autoglm_launcher import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
 
-def test_the_three_presets_are_there() -> None:
+def test_there_are_three_presets() -> None:
     assert [path.stem for path in PRESETS] == ["edge", "latency", "throughput"]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_says_only_what_differs(preset: Path) -> None:
+def test_a_preset_contains_only_values_that_differ(preset: Path) -> None:
     base = yaml.safe_load((ROOT / "autoglm-config.yaml").read_text())
     for section, values in yaml.safe_load(preset.read_text()).items():
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""One real tritonserver for all end-to-end tests, with the demo checkpoint."""
+"""End-to-end tests: one real tritonserver with the demo checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,12 @@ from autoglm_launcher.server import TritonServer
 ROOT = Path(__file__).parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.tritonserver)
+
+
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     return ROOT / "demo" / "checkpoint"
@@ -17,7 +23,7 @@ def demo_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def server(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server that has loaded every model. Its log is shown when it does not start."""
+    """A server with all models loaded."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     with TritonServer(checkpoint=demo_checkpoint, config=ROOT / "autoglm-config.yaml", log_path=log) as running:
         yield running

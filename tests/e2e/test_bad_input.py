@@ -1,4 +1,4 @@
-"""Whatever a caller sends wrong is refused as INVALID_ARGUMENT with the field's name, and the server goes on."""
+"""Invalid requests get INVALID_ARGUMENT and the field's name; the server keeps answering."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from autoglm_launcher.server import TritonServer
-from tests.e2e.triton import Call, ask
+from tests.e2e.ensemble_client import Call, ask
 from tests.images import encode, picture, rotated_by_exif
 
 PNG = encode(picture())
@@ -26,7 +26,7 @@ def chat(*content: Any, role: str = "user") -> list[str]:
 
 
 def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header promises 3.6 billion pixels."""
+    """A PNG of a few hundred bytes whose header declares 3.6 billion pixels."""
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
     body = b"".join(
@@ -53,7 +53,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[], dict[str, list[Any]]], str]] = {
     "unknown role": (lambda: {"MESSAGES": [json.dumps([{"role": "wizard", "content": "x"}])]}, "MESSAGES[0].role"),
     "no content": (lambda: {"MESSAGES": [json.dumps([{"role": "user"}])]}, "MESSAGES[0].content"),
     "unknown part": (lambda: {"MESSAGES": chat({"type": "video"})}, "MESSAGES[0].content[0].type"),
-    "a URL to fetch": (
+    "URL": (
         lambda: {"MESSAGES": chat({"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}})},
         "MESSAGES[0].content[0]",
     ),
@@ -62,9 +62,9 @@ BAD_INPUTS: dict[str, tuple[Callable[[], dict[str, list[Any]]], str]] = {
         "MESSAGES[0].content[0]",
     ),
     "empty prompt": (lambda: {"PROMPT": [""]}, "PROMPT"),
-    "both": (lambda: {"PROMPT": ["hi"], "MESSAGES": [json.dumps([USER])]}, "MESSAGES, PROMPT"),
-    "neither": (lambda: {"IMAGES": [PNG]}, "MESSAGES, PROMPT"),
-    "nothing at all": (lambda: {}, "MESSAGES, PROMPT"),
+    "both": (lambda: {"PROMPT": ["hi"], "MESSAGES": [json.dumps([USER])]}, "exactly one of MESSAGES and PROMPT"),
+    "neither": (lambda: {"IMAGES": [PNG]}, "exactly one of MESSAGES and PROMPT"),
+    "nothing at all": (lambda: {}, "exactly one of MESSAGES and PROMPT"),
     "more images than placeholders": (lambda: {"MESSAGES": chat(IMAGE), "IMAGES": [PNG, PNG]}, "IMAGES"),
     "fewer images than placeholders": (lambda: {"MESSAGES": chat(IMAGE, IMAGE), "IMAGES": [PNG]}, "IMAGES"),
     "too many images": (lambda: {"PROMPT": ["hi"], "IMAGES": [PNG] * 11}, "IMAGES"),
@@ -77,7 +77,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[], dict[str, list[Any]]], str]] = {
     "bomb": (lambda: {"PROMPT": ["hi"], "IMAGES": [bomb()]}, "IMAGES[0]"),
     "too long and thin": (lambda: {"PROMPT": ["hi"], "IMAGES": [encode(picture(8000, 30))]}, "IMAGES[0]"),
     "prompt over the context": (lambda: {"PROMPT": ["word 123 " * 20000]}, "prompt"),
-    "speech": (lambda: {"PROMPT": ["hi"], "AUDIO": [b"RIFF"]}, "AUDIO"),
+    "audio without an encoder": (lambda: {"PROMPT": ["hi"], "AUDIO": [b"RIFF"]}, "AUDIO"),
 }
 
 BAD_PARAMETERS: dict[str, dict[str, Any]] = {
@@ -110,17 +110,17 @@ BAD_PARAMETERS: dict[str, dict[str, Any]] = {
     "response_format as a word": {"response_format": "phone_action"},
     "response_format of an unknown type": {"response_format": '{"type": "xml"}'},
     "response_format without a schema": {"response_format": '{"type": "json_schema", "json_schema": {}}'},
-    "response_format with no schema of JSON's": {
+    "response_format with an invalid schema": {
         "response_format": '{"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}'
     },
-    "max_tokens below an action's": {"max_tokens": 5, "response_format": '{"type": "phone_action"}'},
+    "max_tokens too few for an action": {"max_tokens": 5, "response_format": '{"type": "phone_action"}'},
     "unknown": {"temprature": 0.5},
 }
 
 
 @pytest.fixture(autouse=True)
-def serves_on(server: TritonServer) -> Iterator[None]:
-    """After each of these tests the server answers."""
+def still_serving(server: TritonServer) -> Iterator[None]:
+    """The server still answers after each of these tests."""
     yield
     assert ask(server, {"PROMPT": ["hello"]}, max_tokens=1, ignore_eos=True).finish_reason == "length"
 
@@ -128,34 +128,34 @@ def serves_on(server: TritonServer) -> Iterator[None]:
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input(server: TritonServer, name: str) -> None:
     make, field = BAD_INPUTS[name]
-    with pytest.raises(InferenceServerException) as refused:
+    with pytest.raises(InferenceServerException) as rejected:
         ask(server, make(), max_tokens=2)
-    assert f"'ensemble', INVALID_ARGUMENT: {field}" in refused.value.message()
-    assert len(refused.value.message()) < 400
+    assert f"'ensemble', INVALID_ARGUMENT: {field}" in rejected.value.message()
+    assert len(rejected.value.message()) < 400
 
 
 def test_http_status(server: TritonServer) -> None:
-    """Over HTTP the code is the status, and the message the same."""
+    """HTTP returns the status of the error code, and the same message."""
     body = json.dumps({"PROMPT": "hello", "max_tokens": -1}).encode()
     request = Request(f"{server.http_url}/v2/models/ensemble/generate_stream", body)
-    with pytest.raises(HTTPError) as refused:
+    with pytest.raises(HTTPError) as rejected:
         urlopen(request, timeout=30)
-    assert refused.value.code == 400
-    assert "INVALID_ARGUMENT: max_tokens: got -1" in refused.value.read().decode()
+    assert rejected.value.code == 400
+    assert "INVALID_ARGUMENT: max_tokens must be between 1 and 2147483647 (got -1)" in rejected.value.read().decode()
 
 
 @pytest.mark.parametrize("name", BAD_PARAMETERS)
 def test_bad_parameter(server: TritonServer, name: str) -> None:
-    """The first of them is at fault."""
+    """The message names the invalid parameter, the first of each case."""
     parameter = next(iter(BAD_PARAMETERS[name]))
-    with pytest.raises(InferenceServerException) as refused:
+    with pytest.raises(InferenceServerException) as rejected:
         ask(server, {"PROMPT": ["hello"]}, **BAD_PARAMETERS[name])
-    assert "INVALID_ARGUMENT: " in refused.value.message()
-    assert parameter in refused.value.message()
+    assert "INVALID_ARGUMENT: " in rejected.value.message()
+    assert parameter in rejected.value.message()
 
 
-def test_one_bad_image_is_its_own_requests_fault(server: TritonServer) -> None:
-    """Good and bad requests that are encoded in one batch do not touch each other."""
+def test_an_invalid_image_fails_only_its_request(server: TritonServer) -> None:
+    """Valid and invalid requests of one batch do not affect each other."""
     files = [encode(picture(seed=i)) if i % 2 else broken_pixels() for i in range(8)]
     options = {"max_tokens": 2, "ignore_eos": True}
     calls = [Call(server, {"PROMPT": ["hi"], "IMAGES": [file]}, options) for file in files]
@@ -187,7 +187,7 @@ def test_unusual_image_works(server: TritonServer, name: str) -> None:
 
 
 def test_exif_rotation_is_applied(server: TritonServer) -> None:
-    """A picture that lies on its side by EXIF is the same prompt as the upright one."""
+    """An image rotated by its EXIF orientation gives the same prompt as the upright one."""
     replies = [
         ask(server, {"PROMPT": ["hi"], "IMAGES": [file]}, max_tokens=24, ignore_eos=True)
         for file in (PNG, rotated_by_exif(picture()))

@@ -20,7 +20,7 @@ from loadtest.samples import Sample, read_samples
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "demo" / "samples"
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 200}  # goes on until it is stopped
+LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 200}  # runs until stopped
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_streams_a_thought_and_an_action(client: Client, samples: list[Sample]) 
         assert usage.decode_ms > 0
 
 
-def test_every_way_of_asking_gives_the_same_answer(client: Client, samples: list[Sample]) -> None:
+def test_all_entry_points_give_the_same_answer(client: Client, samples: list[Sample]) -> None:
     task, image = samples[0]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task}]}]
     streamed = client.stream(prompt=task, images=[image], temperature=0.0).result()
@@ -62,7 +62,7 @@ def test_every_way_of_asking_gives_the_same_answer(client: Client, samples: list
     assert streamed.token_ids == whole.token_ids == as_chat.token_ids
 
 
-def test_sampling_options_arrive(client: Client, samples: list[Sample]) -> None:
+def test_sampling_options_are_applied(client: Client, samples: list[Sample]) -> None:
     task, image = samples[0]
     plain = client.generate(prompt=task, images=[image], temperature=0.0)
     short = client.generate(prompt=task, images=[image], temperature=0.0, max_tokens=3)
@@ -79,7 +79,7 @@ def test_sampling_options_arrive(client: Client, samples: list[Sample]) -> None:
     assert len({seeded(seed) for seed in range(4)}) > 1
 
 
-def test_concurrent_answers_are_those_of_one_after_another(server: Any, client: Client, samples: list[Sample]) -> None:
+def test_concurrent_answers_equal_sequential_ones(server: Any, client: Client, samples: list[Sample]) -> None:
     chosen = (samples * 8)[:8]
     alone = [client.generate(prompt=task, images=[image], temperature=0.0).text for task, image in chosen]
 
@@ -92,7 +92,7 @@ def test_concurrent_answers_are_those_of_one_after_another(server: Any, client: 
     assert [result.text for result in asyncio.run(together())] == alone
 
 
-def test_invalid_requests_are_told_apart_and_the_server_goes_on(client: Client, samples: list[Sample]) -> None:
+def test_invalid_requests_raise_their_own_errors(client: Client, samples: list[Sample]) -> None:
     task, image = samples[0]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"prompt": task, "images": [b"no image"]}, "IMAGES"),
@@ -101,7 +101,7 @@ def test_invalid_requests_are_told_apart_and_the_server_goes_on(client: Client, 
         ({"prompt": task, "images": [image], "max_tokens": -1}, "max_tokens"),
         ({"prompt": task, "images": [image], "temperature": float("nan")}, "temperature"),
         ({"prompt": task, "images": [image], "tempperature": 1.0}, "tempperature"),
-        ({"prompt": task, "images": [image], "priority": 11}, "priority"),  # and so it arrives
+        ({"prompt": task, "images": [image], "priority": 11}, "priority"),  # received unchanged
     ]
     for arguments, field in wrong:
         with pytest.raises(InvalidRequest, match=field) as caught:
@@ -111,7 +111,7 @@ def test_invalid_requests_are_told_apart_and_the_server_goes_on(client: Client, 
     assert client.generate(prompt=task, images=[image]).text
 
 
-def test_cancelled_and_timed_out_requests_leave_the_server_well(client: Client, samples: list[Sample]) -> None:
+def test_the_server_survives_cancelled_and_timed_out_requests(client: Client, samples: list[Sample]) -> None:
     task, image = samples[0]
     with client.stream(prompt=task, images=[image], **LONG) as stream:
         next(stream)
@@ -131,7 +131,7 @@ def test_a_stop_request_of_another_client_ends_the_stream(server: Any, client: C
         stream = client.stream(prompt=task, images=[image], request_id="to-be-stopped", **LONG)
         next(stream)
         assert other._send_stop("to-be-stopped")
-        with pytest.raises(Cancelled, match="told to stop"):
+        with pytest.raises(Cancelled, match="cancelled on the server"):
             stream.result()
         assert not other._send_stop("to-be-stopped")
 

@@ -1,17 +1,17 @@
-"""Answers that are limited to a form, and log probabilities, through the whole ensemble."""
+"""Constrained answers and log probabilities through the whole ensemble."""
 
 import json
 import math
 from typing import Any
 
 import pytest
-from autoglm_client import Answer, Client, TokenLogprob, parse
+from autoglm_client import Client, ParsedAnswer, TokenLogprob, parse
 
 from autoglm_launcher.server import TritonServer
 from loadtest.samples import read_samples
 from tests.e2e.conftest import ROOT
+from tests.e2e.ensemble_client import Call, ask
 from tests.e2e.test_ensemble import stream_http
-from tests.e2e.triton import Call, ask
 
 ACTION = json.dumps({"type": "phone_action"})
 SCHEMA = {
@@ -30,21 +30,21 @@ def limited_to(schema: dict[str, Any]) -> str:
     return json.dumps({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
 
 
-def test_whatever_is_drawn_is_an_action(server: TritonServer) -> None:
-    """At this temperature no answer of the model's own would."""
+def test_every_sample_is_an_action(server: TritonServer) -> None:
+    """At this temperature unconstrained answers are invalid."""
     options = {"temperature": 3.0, "max_tokens": 160, "response_format": ACTION}
     calls = [Call(server, {"PROMPT": [f"task {i}"]}, {**options, "seed": i}) for i in range(16)]
     replies = [call.result() for call in calls]
     for reply in replies:
         assert reply.finish_reason == "stop"
-        assert isinstance(parse(reply.text), Answer)
+        assert isinstance(parse(reply.text), ParsedAnswer)
         assert reply.usage["completion_tokens"] == len(reply.token_ids) <= 160
     assert len({reply.text for reply in replies}) > 10
     again = ask(server, {"PROMPT": ["task 3"]}, stream=False, seed=3, **options)
     assert (again.text, again.token_ids) == (replies[3].text, replies[3].token_ids)
 
 
-def test_what_is_right_already_stays(server: TritonServer) -> None:
+def test_valid_answers_are_unchanged(server: TritonServer) -> None:
     with Client(server.grpc_url) as client:
         for task, image in read_samples(ROOT / "demo" / "samples"):
             free = client.generate(prompt=task, images=[image], temperature=0.0)
@@ -63,7 +63,7 @@ def test_json_fits_its_schema(server: TritonServer) -> None:
     assert len(answer["name"]) <= 10
 
 
-def test_free_and_limited_answers_side_by_side(server: TritonServer) -> None:
+def test_free_and_constrained_answers_in_one_batch(server: TritonServer) -> None:
     def options(i: int) -> dict[str, Any]:
         forms: list[dict[str, Any]] = [{"ignore_eos": True}, {"response_format": ACTION}, {"logprobs": 2}]
         return {"max_tokens": 80, "temperature": 1.5, "seed": i, **forms[i % 3]}
@@ -93,7 +93,7 @@ def test_log_probabilities_are_those_of_the_tokens(server: TritonServer) -> None
     assert [item["top_logprobs"] for item in few.logprobs] == [[]] * 4
 
 
-def test_log_probabilities_are_those_before_anything_is_done_to_them(server: TritonServer) -> None:
+def test_log_probabilities_are_the_models(server: TritonServer) -> None:
     """Neither temperature nor a grammar changes them."""
     plain = ask(server, {"PROMPT": ["hello"]}, max_tokens=1, ignore_eos=True, logprobs=20)
     warm = ask(server, {"PROMPT": ["hello"]}, max_tokens=1, ignore_eos=True, logprobs=20, temperature=2.0, seed=1)
@@ -107,7 +107,7 @@ def test_log_probabilities_are_those_before_anything_is_done_to_them(server: Tri
     assert len(bound.logprobs) == len(bound.token_ids)
 
 
-def test_the_client_reads_them(server: TritonServer) -> None:
+def test_the_client_parses_log_probabilities(server: TritonServer) -> None:
     with Client(server.grpc_url) as client, client.stream(prompt="hello", max_tokens=8, logprobs=2) as stream:
         pieces = [piece for piece in stream if piece.token_ids]
         result = stream.result()

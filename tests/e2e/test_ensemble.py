@@ -1,4 +1,4 @@
-"""The main job on the real server: streaming, options, batching, caching, cancelling."""
+"""The ensemble on a real server: streaming, options, batching, caching, cancellation."""
 
 import json
 import time
@@ -21,11 +21,11 @@ from autoglm.llm.sequence import Request as EngineRequest
 from autoglm.preprocess.chat import ChatRenderer
 from autoglm.preprocess.messages import read_messages
 from autoglm.preprocess.sampling_params import SamplingParams
-from autoglm.serving.metrics import INTERVAL
+from autoglm.serving.metrics import UPDATE_INTERVAL_S
 from autoglm.vision.encoder import VisionEncoder
 from autoglm_launcher.server import TritonServer
 from tests.e2e.conftest import ROOT
-from tests.e2e.triton import Call, ask, metric
+from tests.e2e.ensemble_client import Call, ask, metric
 from tests.images import encode, picture
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def image_chat(text: str, images: int = 1) -> str:
 
 
 def stream_http(server: TritonServer, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The events of one /generate_stream request, as curl would get them."""
+    """The events of one /generate_stream request, as curl receives them."""
     request = Request(
         f"{server.http_url}/v2/models/ensemble/generate_stream",
         json.dumps(body).encode(),
@@ -49,8 +49,8 @@ def stream_http(server: TritonServer, body: dict[str, Any]) -> list[dict[str, An
     return [json.loads(line[len("data: ") :]) for line in lines if line.startswith("data: ")]
 
 
-def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_checkpoint: Path) -> None:
-    """Two images, several turns: what the server streams is what its parts compute in this process."""
+def test_served_tokens_equal_the_librarys(server: TritonServer, demo_checkpoint: Path) -> None:
+    """Two images and several turns: the server streams what its components compute in this process."""
     config = load_config(ROOT / "autoglm-config.yaml")
     checkpoint = Checkpoint.open(demo_checkpoint)
     files = [encode(picture(200, 300, 1)), encode(picture(300, 150, 2), "JPEG")]
@@ -65,8 +65,8 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
     served = ask(server, {"MESSAGES": [messages], "IMAGES": files}, max_tokens=64, ignore_eos=True)
 
     tokenizer = Tokenizer.from_file(str(demo_checkpoint / "tokenizer.json"))
-    renderer = ChatRenderer(checkpoint, tokenizer, config.limits, config.engine.max_context, config.chat.content_format)
-    prompt = renderer.render(read_messages(messages.encode(), files, config.limits, renderer.roles))
+    renderer = ChatRenderer(checkpoint, tokenizer, config.limits, max_context=config.engine.max_context)
+    prompt = renderer.render(read_messages(messages.encode(), files, config.limits, roles=renderer.roles))
     encoder = VisionEncoder(checkpoint, config.vision, config.limits, CPU, torch.float32)
     (features,) = encoder.encode([prompt.images])
     assert isinstance(features, torch.Tensor)
@@ -76,10 +76,15 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
     engine.start()
     engine.submit(
         EngineRequest(
-            "0", prompt.token_ids, params, pieces.append, [image.grid for image in prompt.images],
-            [image.hash.encode() for image in prompt.images], features,
+            request_id="0",
+            token_ids=prompt.token_ids,
+            sampling_params=params,
+            sink=pieces.append,
+            image_grids=[image.grid for image in prompt.images],
+            image_hashes=[image.media_hash.encode() for image in prompt.images],
+            image_embeddings=features,
         )
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while not (pieces and pieces[-1].is_last) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -88,11 +93,11 @@ def test_served_tokens_are_those_of_the_library(server: TritonServer, demo_check
     assert served.token_ids == [id_ for piece in pieces for id_ in piece.token_ids]
     assert served.text == "".join(piece.text for piece in pieces)
     assert served.usage["prompt_tokens"] == len(prompt.token_ids)
-    assert served.usage["image_tokens"] == prompt.image_tokens
+    assert served.usage["image_tokens"] == prompt.num_image_tokens
     assert served.usage["completion_tokens"] == 64
 
 
-def test_pieces_come_one_by_one(server: TritonServer) -> None:
+def test_each_token_is_streamed_separately(server: TritonServer) -> None:
     call = Call(server, {"PROMPT": ["hello"]}, {"max_tokens": 200, "ignore_eos": True})
     pieces, final = 0, False
     while not final:
@@ -111,7 +116,7 @@ def test_one_response_without_streaming(server: TritonServer) -> None:
 
 
 def test_http_equals_grpc(server: TritonServer) -> None:
-    """curl sends images inside the chat; the answer is the same."""
+    """Images inside the chat give the same answer as the IMAGES input."""
     file = encode(picture(seed=5))
     options = {"max_tokens": 12, "ignore_eos": True}
     direct = ask(server, {"MESSAGES": [image_chat("hi")], "IMAGES": [file]}, **options)
@@ -141,7 +146,7 @@ def test_sampling_options(server: TritonServer) -> None:
     assert stopped.token_ids == greedy[: greedy.index(greedy[3]) + 1]
 
 
-def test_stop_string_is_not_shown(server: TritonServer) -> None:
+def test_the_stop_string_is_removed(server: TritonServer) -> None:
     whole = ask(server, {"PROMPT": ["hello"]}, max_tokens=60, ignore_eos=True).text
     stop = whole[10:14]
     for given in (stop, json.dumps(["never comes", stop])):
@@ -150,7 +155,7 @@ def test_stop_string_is_not_shown(server: TritonServer) -> None:
         assert cut.finish_reason == "stop"
 
 
-def test_concurrent_requests_answer_as_alone(server: TritonServer) -> None:
+def test_concurrent_answers_equal_sequential_ones(server: TritonServer) -> None:
     def inputs(i: int) -> dict[str, list[Any]]:
         images = [encode(picture(100 + 20 * (i % 5), 200, i * 10 + k)) for k in range(i % 3)]
         return {"MESSAGES": [image_chat(f"task {i}", len(images))], "IMAGES": images}
@@ -161,7 +166,7 @@ def test_concurrent_requests_answer_as_alone(server: TritonServer) -> None:
     assert [call.result().token_ids for call in calls] == alone
 
 
-def test_shared_prefix_is_computed_once(server: TritonServer) -> None:
+def test_a_shared_prefix_is_computed_once(server: TritonServer) -> None:
     file, other = encode(picture(seed=71)), encode(picture(seed=72))
     before = settled(server, "autoglm_prefix_cache_hit_tokens_total")
     options = {"max_tokens": 2, "ignore_eos": True}
@@ -175,7 +180,7 @@ def test_shared_prefix_is_computed_once(server: TritonServer) -> None:
     wait_until(lambda: metric(server, "autoglm_prefix_cache_hit_tokens_total") - before >= same.usage["cached_tokens"])
 
 
-def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:
+def test_a_stop_request_ends_an_ensemble_stream(server: TritonServer) -> None:
     call = Call(server, {"PROMPT": ["hello"]}, LONG, request_id="stop-me")
     call.next()
     assert stop(server, "stop-me") == "cancelled"
@@ -185,8 +190,8 @@ def test_stop_request_ends_an_ensembles_stream(server: TritonServer) -> None:
     assert_idle(server)
 
 
-def test_stop_request_reaches_the_queue(server: TritonServer) -> None:
-    """More requests than seats; those that wait end at once as well."""
+def test_stop_requests_reach_queued_requests(server: TritonServer) -> None:
+    """With more requests than slots, the waiting ones end at once as well."""
     before = settled(server, "autoglm_requests_total")
     many = EngineConfig().max_batch_size + 8
     calls = [Call(server, {"PROMPT": [f"hello {i}"]}, LONG, request_id="many") for i in range(many)]
@@ -203,8 +208,8 @@ def stop(server: TritonServer, request_id: str) -> str:
     return Call(server, [empty], {"STOP": True}, request_id, "autoglm_llm").result().finish_reason
 
 
-def test_closed_stream_ends_a_direct_request(server: TritonServer) -> None:
-    """Called without the ensemble, the language model notices by itself that its caller has gone."""
+def test_closing_a_stream_cancels_a_direct_request(server: TritonServer) -> None:
+    """The language model, called without the ensemble, detects a closed stream."""
     ids = grpc.InferInput("PROMPT_IDS", [3], "INT32")
     ids.set_data_from_numpy(np.array([1, 2, 3], np.int32))
     call = Call(server, [ids], LONG, model="autoglm_llm")
@@ -220,7 +225,7 @@ def test_timeout(server: TritonServer) -> None:
 
 
 def test_batching_in_the_encoder(server: TritonServer) -> None:
-    """Images of requests that arrive together are encoded in fewer calls than there are requests."""
+    """Images of concurrent requests are encoded in fewer calls than there are requests."""
 
     def counts() -> tuple[int, int]:
         with urlopen(f"{server.http_url}/v2/models/vit_encoder/stats", timeout=10) as page:
@@ -238,13 +243,13 @@ def test_batching_in_the_encoder(server: TritonServer) -> None:
 
 
 def settled(server: TritonServer, name: str) -> float:
-    """A metric after everything before this call has been counted."""
-    time.sleep(1.5 * INTERVAL)
+    """The value of a metric, once all earlier requests have been counted."""
+    time.sleep(1.5 * UPDATE_INTERVAL_S)
     return metric(server, name)
 
 
 def assert_idle(server: TritonServer) -> None:
-    """Nothing runs, nothing waits, no block is held."""
+    """Nothing is running or waiting, and no block is in use."""
     for name in ("autoglm_requests_running", "autoglm_requests_waiting", "autoglm_kv_blocks_held"):
         wait_until(lambda name=name: metric(server, name) == 0)  # type: ignore[misc]
 
@@ -258,7 +263,7 @@ def wait_until(condition: Any, seconds: float = 10) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def integrity(server: TritonServer) -> Any:
-    """After these tests the engine, which proves its pool whenever it is idle, has found no fault."""
+    """After these tests the engine, which checks its block pool whenever it is idle, has found no error."""
     yield
     assert_idle(server)
     assert "RuntimeError" not in server.log_text()

@@ -1,4 +1,4 @@
-"""The launcher with the whole ensemble: what ./run_autoglm_server.sh does once everything is installed."""
+"""The launcher with the whole ensemble, as ./run_autoglm_server.sh starts it after the installation."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ START_S = 120
 
 
 class Launcher:
-    """A running `python -m autoglm_launcher`, its lines read from a file."""
+    """A running `python -m autoglm_launcher`, whose output is read from a file."""
 
     def __init__(self, checkpoint: Path, directory: Path, *options: str) -> None:
         http, grpc, metrics, gateway = map(str, free_ports(4))
@@ -60,7 +60,7 @@ class Launcher:
 
 
 def _listen_to_ctrl_c() -> None:
-    """Shells let what they start in the background, such as a whole run of the tests, ignore it."""
+    """Shells make background jobs, such as a run of the tests, ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -74,7 +74,7 @@ def launched(checkpoint: Path, directory: Path, *options: str) -> Iterator[Launc
         launcher.process.wait()
 
 
-def test_once_prints_thought_and_action_and_leaves_nothing(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_once_prints_thought_and_action_and_cleans_up(demo_checkpoint: Path, tmp_path: Path) -> None:
     with launched(demo_checkpoint, tmp_path, "--once") as launcher:
         launcher.wait_for("models loaded")
         started = descendants(launcher.process.pid)
@@ -88,24 +88,24 @@ def test_once_prints_thought_and_action_and_leaves_nothing(demo_checkpoint: Path
         assert not list(tmp_path.glob("gateway-*.log"))
 
 
-def test_once_asks_by_voice(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_once_with_speech(demo_checkpoint: Path, tmp_path: Path) -> None:
     with launched(demo_checkpoint, tmp_path, "--once", "--speech") as launcher:
         assert launcher.process.wait(START_S) == 0, launcher.output
-        task, heard, _, action = launcher.output.splitlines()[-4:]
-        assert task == f"task:    {Sample.spoken().task}"
-        assert heard == f"heard:   {Sample.spoken().task}"
-        assert action.startswith('action:  do(action="Tap", element=[')
+        task, transcript, _, action = launcher.output.splitlines()[-4:]
+        assert task == f"task:       {Sample.spoken().task}"
+        assert transcript == f"transcript: {Sample.spoken().task}"
+        assert action.startswith('action:     do(action="Tap", element=[')
 
 
 def answer_of(gateway: str) -> str:
-    """What the openai package gets, which asks again by itself when it is told 503."""
+    """The answer to the openai package, which retries on 503."""
     with OpenAI(base_url=f"http://{gateway}/v1", api_key="-", max_retries=60) as client:
         chat: list[Any] = [{"role": "user", "content": "go back"}]
         whole = client.chat.completions.create(model="autoglm-phone-9b", messages=chat, temperature=0)
     return str(whole.choices[0].message.content)
 
 
-def test_a_gateway_that_dies_is_started_again_beside_the_server(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_dead_gateway_is_restarted_without_the_server(demo_checkpoint: Path, tmp_path: Path) -> None:
     with launched(demo_checkpoint, tmp_path) as launcher:
         launcher.wait_for("Ctrl-C stops it")
         assert f"OpenAI   http://{launcher.gateway_address}/v1" in launcher.output
@@ -115,13 +115,13 @@ def test_a_gateway_that_dies_is_started_again_beside_the_server(demo_checkpoint:
 
         first, server = launcher.gateway(), launcher.stub_of("autoglm_llm")
         os.kill(first, signal.SIGKILL)
-        launcher.wait_for("the gateway ended: SIGKILL ended it")
+        launcher.wait_for("the gateway ended: killed by SIGKILL")
         assert probe.main(["--http", launcher.http_address]) == 0
-        launcher.wait_for("the gateway is started again")
+        launcher.wait_for("the gateway is running again")
         assert answer_of(launcher.gateway_address) == answer
         assert launcher.stub_of("autoglm_llm") == server
 
-        # The server's restart leaves the gateway as it is: it tells callers to ask again, and finds the new server.
+        # A restart of the server does not restart the gateway, which returns 503 until the server is back.
         second = launcher.gateway()
         os.kill(server, signal.SIGKILL)
         launcher.wait_for("restarting in 1 s")
@@ -138,7 +138,7 @@ def test_a_gateway_that_dies_is_started_again_beside_the_server(demo_checkpoint:
         assert "Traceback" not in (tmp_path / f"gateway-{launcher.gateway_address.split(':')[1]}.log").read_text()
 
 
-def test_recovers_from_a_dead_stub_and_stops_when_told(
+def test_restarts_after_a_dead_stub_and_stops_on_sigterm(
     demo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with launched(demo_checkpoint, tmp_path, "--no-gateway") as launcher:
@@ -148,7 +148,7 @@ def test_recovers_from_a_dead_stub_and_stops_when_told(
         assert probe.main(["--http", launcher.http_address]) == 0
 
         os.kill(launcher.stub_of("autoglm_llm"), signal.SIGKILL)
-        launcher.wait_for("serving again")
+        launcher.wait_for("the server is running again")
         assert "the process of model instance autoglm_llm_0_0 died; restarting in 1 s" in launcher.output
         assert probe.main(["--http", launcher.http_address]) == 0
 
@@ -159,7 +159,7 @@ def test_recovers_from_a_dead_stub_and_stops_when_told(
         assert probe.main(["--http", launcher.http_address]) == 1
 
 
-def test_the_watchdog_notices_a_hung_stub(demo_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_watchdog_detects_a_hung_stub(demo_checkpoint: Path, tmp_path: Path) -> None:
     with TritonServer(checkpoint=demo_checkpoint, log_path=tmp_path / "server.log") as server:
         watchdog = Watchdog(server, Sample.first(), interval_s=0.0, timeout_s=5.0, patience=1)
         assert watchdog.check() is None

@@ -1,4 +1,4 @@
-"""The benchmark of a running server, with small numbers: it is the form of what it says that counts."""
+"""The benchmark of a running server, with few requests: checks the rows, not the figures."""
 
 import argparse
 
@@ -10,10 +10,10 @@ from tests.images import encode, picture
 
 
 def test_rows(server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TOKENS", 3), ("AT_ONCE", 2), ("REPEATS", 1)):
+    for name, value in (("TOKENS", 3), ("CONCURRENCY", 2), ("REPEATS", 1)):
         monkeypatch.setattr(served, name, value)
     monkeypatch.setattr(screens, "random_screen", lambda seed, size: encode(picture(84, 112, seed=seed)))
-    asked = served.Server(server.grpc_url)
+    asked = served.BenchmarkClient(server.grpc_url)
     try:
         rows = {row.name: row for row in served.measure(asked, argparse.Namespace(machine="cpu", setting="bf16"))}
     finally:

@@ -1,4 +1,4 @@
-"""The benchmark of the gateway, with small numbers: it is the form of what it says that counts."""
+"""The benchmark of the gateway, with small numbers: only the form of its results is checked."""
 
 import argparse
 import asyncio
@@ -10,15 +10,15 @@ from benchmarks import gateway as benchmark
 from benchmarks.gateway import Timing
 
 
-def test_a_token_is_timed_when_no_prompt_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_timed_while_no_prompt_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "TOKENS", 5)
-    early, late = Timing(begun=0.0, first=1.0, ended=9.0), Timing(begun=0.5, first=4.0, ended=10.0)
+    early, late = Timing(sent=0.0, first=1.0, ended=9.0), Timing(sent=0.5, first=4.0, ended=10.0)
     assert benchmark.seconds_per_token([early, late]) == benchmark.seconds_per_token([late, early]) == 1.5
     assert (early.to_first, late.to_first) == (1.0, 3.5)
 
 
 def test_rows(server: TritonServer, gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TOKENS", 3), ("AT_ONCE", 2), ("ROUNDS", 1), ("ALONE", 1)):
+    for name, value in (("TOKENS", 3), ("CONCURRENCY", 2), ("ROUNDS", 1), ("ALONE", 1)):
         monkeypatch.setattr(benchmark, name, value)
     address = gateway.removeprefix("http://")
     options = argparse.Namespace(machine="cpu", setting="bf16", server=server.grpc_url, gateway=address)

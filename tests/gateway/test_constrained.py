@@ -1,11 +1,11 @@
-"""Answers of a form, and log probabilities, as the openai package asks for them and reads them."""
+"""Structured output and log probabilities through the openai package."""
 
 import json
 from typing import Any
 
 import httpx
 import pytest
-from autoglm_client import Answer, parse
+from autoglm_client import ParsedAnswer, parse
 from openai import BadRequestError, OpenAI
 
 from tests.gateway.test_openai import HELLO, LONG, MODEL, sample, screen
@@ -25,16 +25,16 @@ TAP: dict[str, Any] = {
 }
 
 
-def test_json_fits_its_schema(openai: OpenAI) -> None:
+def test_json_matches_its_schema(openai: OpenAI) -> None:
     options: dict[str, Any] = {"temperature": 2.0, "max_tokens": 100, "response_format": TAP}
     for seed in range(4):
         answer = openai.chat.completions.create(model=MODEL, messages=HELLO, seed=seed, **options)
-        said = json.loads(answer.choices[0].message.content or "")
-        assert 0 <= said["x"] <= 999 and said["why"] in ("icon", "text") and len(said) == 2
+        content = json.loads(answer.choices[0].message.content or "")
+        assert 0 <= content["x"] <= 999 and content["why"] in ("icon", "text") and len(content) == 2
         assert answer.choices[0].finish_reason == "stop"
 
 
-def test_an_object_is_an_object(openai: OpenAI) -> None:
+def test_json_object(openai: OpenAI) -> None:
     answer = openai.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=200, response_format={"type": "json_object"}
     )
@@ -44,20 +44,20 @@ def test_an_object_is_an_object(openai: OpenAI) -> None:
         assert isinstance(json.loads(choice.message.content), dict)
 
 
-def test_a_phone_agent_gets_an_action(openai: OpenAI) -> None:
+def test_phone_action(openai: OpenAI) -> None:
     action: dict[str, Any] = {"extra_body": {"response_format": {"type": "phone_action"}}}
     asked: dict[str, Any] = {"model": MODEL, "messages": screen(*sample())}
     for seed in range(4):
         drawn: dict[str, Any] = {"temperature": 3.0, "seed": seed, "max_tokens": 160}
         chunks = [each.choices[0] for each in openai.chat.completions.create(stream=True, **asked, **drawn, **action)]
-        assert isinstance(parse("".join(chunk.delta.content or "" for chunk in chunks)), Answer)
+        assert isinstance(parse("".join(chunk.delta.content or "" for chunk in chunks)), ParsedAnswer)
         assert chunks[-1].finish_reason == "stop"
     free: Any = openai.chat.completions.create(**asked, response_format={"type": "text"})
     bound: Any = openai.chat.completions.create(**asked, **action)
     assert parse(free.choices[0].message.content) == parse(bound.choices[0].message.content)
 
 
-def test_a_chats_log_probabilities(openai: OpenAI) -> None:
+def test_log_probabilities_of_chats(openai: OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": HELLO, "logprobs": True, "top_logprobs": 2, **LONG}
     whole = openai.chat.completions.create(**options).choices[0]
     assert whole.logprobs and whole.logprobs.content
@@ -79,7 +79,7 @@ def test_a_chats_log_probabilities(openai: OpenAI) -> None:
     assert unasked.logprobs is None
 
 
-def test_choices_have_their_own(openai: OpenAI) -> None:
+def test_every_choice_has_log_probabilities_of_its_own(openai: OpenAI) -> None:
     answer = openai.chat.completions.create(
         model=MODEL, messages=HELLO, n=2, seed=1, temperature=2.0, logprobs=True, **LONG
     )
@@ -89,7 +89,7 @@ def test_choices_have_their_own(openai: OpenAI) -> None:
         assert spelled.decode("utf-8", "replace") == choice.message.content
 
 
-def test_a_plain_completions_log_probabilities(openai: OpenAI, http: httpx.Client) -> None:
+def test_log_probabilities_of_plain_completions(openai: OpenAI, http: httpx.Client) -> None:
     options: dict[str, Any] = {"model": MODEL, "prompt": "hello", "logprobs": 2, **LONG}
     whole = openai.completions.create(**options).choices[0]
     assert whole.logprobs and whole.logprobs.tokens and whole.logprobs.text_offset and whole.logprobs.top_logprobs

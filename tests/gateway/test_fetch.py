@@ -1,7 +1,8 @@
-"""Images from elsewhere: only from where the operator allows, and never from inside the network."""
+"""Images from URLs: only of allowed hosts and folders, and never of internal addresses."""
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from autoglm.config import LimitsConfig
 from autoglm.errors import RequestError
 from gateway import fetch
-from gateway.fetch import Fetcher, is_public
+from gateway.fetch import ImageFetcher, is_public
 
 PRIVATE = (
     "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
@@ -28,7 +29,7 @@ PUBLIC = ("8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff
 
 
 class Names(AbstractResolver):
-    """Looks names up in a table; what is not in it does not exist."""
+    """Resolves names from a table."""
 
     def __init__(self, **table: str | list[str]) -> None:
         self.table = {name.replace("_", "."): [to] if isinstance(to, str) else to for name, to in table.items()}
@@ -52,7 +53,7 @@ class Names(AbstractResolver):
 def image(url: str, names: Names | None = None, folder: Path | None = None, **limits: int) -> bytes:
     async def load() -> bytes:
         hosts = ("images.example", ".cdn.example", "127.0.0.1", "::1")
-        fetcher = Fetcher(LimitsConfig(**limits), hosts, folder, names or Names())
+        fetcher = ImageFetcher(LimitsConfig(**limits), hosts, folder, names or Names())
         try:
             return await fetcher.image(url, "where")
         finally:
@@ -64,7 +65,7 @@ def image(url: str, names: Names | None = None, folder: Path | None = None, **li
 def refused(url: str, *arguments: Any, **options: Any) -> str:
     with pytest.raises(RequestError) as caught:
         image(url, *arguments, **options)
-    assert caught.value.message.startswith("where: ")
+    assert caught.value.message.startswith("where ")
     return caught.value.message
 
 
@@ -98,7 +99,7 @@ def test_urls_that_are_not_allowed(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/", "http://[::1]/", "https://127.0.0.1:8443/x"])
-def test_addresses_are_refused_even_where_a_list_allows_them(url: str) -> None:
+def test_internal_addresses_are_refused_even_if_they_are_allowed_hosts(url: str) -> None:
     assert "public addresses" in refused(url)
 
 
@@ -115,6 +116,8 @@ class Site(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200 if self.path != "/missing" else 404)
+        if self.path == "/known.png":
+            self.send_header("Content-Length", "1000")
         self.end_headers()
         self.wfile.write(b"x" * 1000)
 
@@ -124,7 +127,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A web site, as if the address 127.0.0.1 were public and no other."""
+    """A web site. Only the address 127.0.0.1 counts as public."""
     monkeypatch.setattr(fetch, "is_public", lambda address: str(address) == "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -138,16 +141,32 @@ def test_hosts_that_are_allowed(site: str) -> None:
     assert image(f"{site}/a.png", names) == b"x" * 1000
     assert image(f"{site}/to/http://a.cdn.example:{port}/b.png", names) == b"x" * 1000
     assert image(f"{site}/to//to/{site}/b.png", names) == b"x" * 1000
-    assert "404" in refused(f"{site}/missing", names)
-    assert "at most 999" in refused(f"{site}/a.png", names, max_image_bytes=999)
+    assert refused(f"{site}/missing", names) == "where could not be fetched: HTTP 404"
+    too_large = "where must be a file of at most 999 bytes (got {})"
+    assert refused(f"{site}/known.png", names, max_image_bytes=999) == too_large.format(1000)
+    assert refused(f"{site}/a.png", names, max_image_bytes=999) == too_large.format("1000 or more")
     assert "public addresses" in refused(f"{site}/to/http://inside.cdn.example:{port}/", names)
     assert "other.example" in refused(f"{site}/to/http://other.example:{port}/", names)
     assert "data URL" in refused(f"{site}/to/file:///etc/passwd", names)
     assert "redirects" in refused(f"{site}{'/to/' * 4}{site}/a.png".replace("/to//to/", "/to/" + "/to/"), names)
-    assert "cannot be fetched" in refused("http://b.cdn.example/", names)
+    assert refused("http://b.cdn.example/", names) == "where could not be fetched: no connection to its host"
 
 
-def test_a_site_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_does_not_speak_http(site: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"SSH-2.0-x\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        message = refused(f"http://images.example:{server.getsockname()[1]}/", Names(images_example="127.0.0.1"))
+    assert message == "where could not be fetched: invalid HTTP response"
+
+
+def test_a_host_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.2)
 
     class Slow(Names):
@@ -155,7 +174,7 @@ def test_a_site_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.sleep(5)
             return []
 
-    assert "within 0.2 s" in refused("http://images.example/", Slow())
+    assert refused("http://images.example/", Slow()) == "where timed out after 0.2 s"
 
 
 def test_files(tmp_path: Path) -> None:
@@ -174,5 +193,12 @@ def test_files(tmp_path: Path) -> None:
         f"{folder}images/x", "//images.example/a", "[", "/etc/passwd", f"{folder}/{'a' * 300}",
     ):  # fmt: skip
         refused(f"file://{path}", folder=folder)
-    assert "at most 3 bytes" in refused(f"file://{folder}/fine.png", folder=folder, max_image_bytes=3)
-    assert "no files" in refused(f"file://{folder}/fine.png")
+    too_large = refused(f"file://{folder}/fine.png", folder=folder, max_image_bytes=3)
+    assert too_large == "where must be a file of at most 3 bytes (got 6)"
+    assert "does not read files" in refused(f"file://{folder}/fine.png")
+    for path, reason in (
+        ("missing.png", "no such file"),
+        ("pipe.png", "not a regular file"),
+        ("below", "not a regular file"),
+    ):
+        assert refused(f"file://{folder}/{path}", folder=folder) == f"where cannot be read: {reason}"

@@ -1,4 +1,4 @@
-"""The openai package, as applications use it, against the gateway and a real server."""
+"""The openai package, as applications use it, with the gateway and a real server."""
 
 import asyncio
 import base64
@@ -12,8 +12,8 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from autoglm_launcher.server import TritonServer
-from tests.e2e.conftest import ROOT
-from tests.e2e.triton import ask
+from tests.e2e.ensemble_client import ask
+from tests.gateway.running import ROOT
 
 MODEL = "autoglm-phone-9b"
 SAMPLES = ROOT / "demo" / "samples"
@@ -32,7 +32,7 @@ def screen(image: bytes, text: str) -> list[Any]:
     return [{"role": "user", "content": parts}]
 
 
-def test_an_answer_is_that_of_the_ensemble(server: TritonServer, openai: OpenAI) -> None:
+def test_answers_are_those_of_the_ensemble(server: TritonServer, openai: OpenAI) -> None:
     image, task = sample()
     chat = json.dumps([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task}]}])
     direct = ask(server, {"MESSAGES": [chat], "IMAGES": [image]}, temperature=0.0)
@@ -59,7 +59,7 @@ def test_an_answer_is_that_of_the_ensemble(server: TritonServer, openai: OpenAI)
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_usage_tells_the_stages_and_the_cache(openai: OpenAI) -> None:
+def test_usage_contains_stages_and_cached_tokens(openai: OpenAI) -> None:
     for _ in range(2):
         answer = openai.chat.completions.create(model=MODEL, messages=screen(*sample(1)), max_tokens=3)
     assert answer.usage
@@ -69,7 +69,7 @@ def test_usage_tells_the_stages_and_the_cache(openai: OpenAI) -> None:
     assert usage["timings"]["decode_ms"] > 0
 
 
-def test_asynchronous_streams_side_by_side(gateway: str, openai: OpenAI) -> None:
+def test_concurrent_streams(gateway: str, openai: OpenAI) -> None:
     texts = [f"question {i}" for i in range(8)]
 
     def chat(text: str) -> list[Any]:
@@ -105,7 +105,7 @@ def test_choices_differ_by_their_seeds(openai: OpenAI) -> None:
     assert single.choices[0].message.content == texts[1]
 
 
-def test_lengths_and_stops(openai: OpenAI) -> None:
+def test_token_limits_and_stop_strings(openai: OpenAI) -> None:
     def create(**options: Any) -> Any:
         return openai.chat.completions.create(model=MODEL, messages=HELLO, **options).choices[0]
 
@@ -119,7 +119,7 @@ def test_lengths_and_stops(openai: OpenAI) -> None:
         assert (stopped.message.content, stopped.finish_reason) == (whole.message.content.partition(mark)[0], "stop")
 
 
-def test_sampling_options_arrive(openai: OpenAI) -> None:
+def test_sampling_options_have_an_effect(openai: OpenAI) -> None:
     def text(extra: dict[str, Any] | None = None, **options: Any) -> Any:
         body = {"ignore_eos": True, **(extra or {})}
         answer = openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=40, extra_body=body, **options)
@@ -135,7 +135,7 @@ def test_sampling_options_arrive(openai: OpenAI) -> None:
     assert text(temperature=2.0, seed=1) == text(temperature=2.0, seed=1)
 
 
-def test_completions_take_a_users_turn(openai: OpenAI) -> None:
+def test_a_completions_prompt_is_a_users_turn(openai: OpenAI) -> None:
     chat = openai.chat.completions.create(model=MODEL, messages=HELLO, **LONG).choices[0].message.content
     whole = openai.completions.create(model=MODEL, prompt="hello", **LONG)
     assert (whole.object, whole.choices[0].text, whole.choices[0].finish_reason) == ("text_completion", chat, "length")
@@ -152,21 +152,22 @@ def test_models_and_tokens(openai: OpenAI, http: httpx.Client) -> None:
     assert http.post("/tokenize", json={"prompt": "hello"}).json()["count"] < tokens["count"]
 
 
-def test_refusals_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
+def test_errors_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
     def refused(field: str, **options: Any) -> None:
         with pytest.raises(BadRequestError) as caught:
             openai.chat.completions.create(**{"model": MODEL, "messages": HELLO, **options})
         assert caught.value.param == field
         assert str(field) in caught.value.message
 
-    refused("temperature", temperature=11)  # by the server
-    refused("temperature", temperature=11, stream=True)
+    refused("temperature", temperature=11)
+    refused("stop", stop="")  # by the server
+    refused("stop", stop="", stream=True)
     refused("n", n=5)
     refused("top_logprobs", top_logprobs=3)
     refused("top_logprobs", logprobs=True, top_logprobs=21)
     refused("response_format.type", response_format={"type": "xml"})
     wizard = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}
-    refused("response_format", response_format=wizard)  # by the server
+    refused("response_format.json_schema.schema", response_format=wizard)  # by the server
     refused("max_tokens", max_tokens=5, response_format={"type": "phone_action"})
     refused("max_completion_tokens", max_completion_tokens=5, response_format={"type": "phone_action"})
     refused("max_completion_tokens", max_completion_tokens=0)
@@ -177,8 +178,8 @@ def test_refusals_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
     refused("messages[0].content[0].image_url.url", messages=screen(b"no image", "x"))
     broken = screen(sample()[0], "x") + screen(b"\x89PNG\r\n\x1a\n", "x")
     refused("messages[1].content[0].image_url.url", messages=broken)
-    sound = {"type": "input_audio", "input_audio": {"data": "@", "format": "wav"}}
-    refused("messages[0].content[0].input_audio.data", messages=[{"role": "user", "content": [sound]}])
+    clip = {"type": "input_audio", "input_audio": {"data": "@", "format": "wav"}}
+    refused("messages[0].content[0].input_audio.data", messages=[{"role": "user", "content": [clip]}])
     with pytest.raises(NotFoundError) as caught:
         openai.chat.completions.create(model="another", messages=HELLO)
     assert caught.value.code == "model_not_found"
@@ -187,19 +188,19 @@ def test_refusals_name_the_field(openai: OpenAI, http: httpx.Client) -> None:
     assert http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
 
 
-def test_what_changes_nothing_is_accepted(openai: OpenAI) -> None:
+def test_fields_without_effect_are_accepted(openai: OpenAI) -> None:
     options: dict[str, Any] = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
     first = openai.chat.completions.create(model=MODEL, messages=HELLO, **LONG)
     again = openai.chat.completions.create(
         model=MODEL, messages=HELLO, parallel_tool_calls=True, logprobs=None, **options, **LONG
     )
     assert first.choices[0].message.content == again.choices[0].message.content
-    # An answer that comes back as history, with all its empty fields.
+    # An answer as history, with all its null fields.
     history = [*HELLO, first.choices[0].message.model_dump(), {"role": "user", "content": "go on"}]
     assert openai.chat.completions.create(model=MODEL, messages=history, **LONG).choices[0].message.content  # type: ignore[arg-type]
 
 
-def test_request_ids_go_through(http: httpx.Client) -> None:
+def test_request_ids(http: httpx.Client) -> None:
     body = {"messages": HELLO, "max_tokens": 2}
     answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine.1"})
     assert answer.headers["x-request-id"] == "mine.1"
@@ -218,7 +219,7 @@ def test_health_readiness_and_metrics(http: httpx.Client) -> None:
     assert "autoglm_gateway_first_token_seconds_count" in page
 
 
-def test_the_example_of_the_readme(
+def test_the_example_in_the_readme(
     gateway: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -229,10 +230,9 @@ def test_the_example_of_the_readme(
     assert 'do(action="Tap"' in capsys.readouterr().out
 
 
-def test_the_command_of_the_readme(gateway: str) -> None:
-    (command,) = re.findall(
-        r"^\$ (curl .*127\.0\.0\.1:8080/v1/.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
-    )
+def test_the_command_in_the_documentation(gateway: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    (command,) = re.findall(r"^\$ (curl .*127\.0\.0\.1:8080/v1/.*)$", text, re.MULTILINE)
     command = command.replace("127.0.0.1:8080", gateway.removeprefix("http://"))
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert "do(" in json.loads(ran.stdout)["choices"][0]["message"]["content"]

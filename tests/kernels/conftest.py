@@ -1,4 +1,4 @@
-"""The kernels run on a GPU where there is one, and else under Triton's interpreter, on tensors of the CPU."""
+"""The kernels run on a GPU if there is one, otherwise under Triton's interpreter on CPU tensors."""
 
 import os
 from importlib.util import find_spec
@@ -12,9 +12,9 @@ elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     from tests.kernels import interpreter
 
-    interpreter.correct()
+    interpreter.patch()
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

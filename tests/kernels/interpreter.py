@@ -1,4 +1,4 @@
-"""Puts right what Triton's interpreter (3.6) computes wrongly with BF16 and FP8, which numpy does not know."""
+"""Fixes for Triton's interpreter (3.6), whose numpy arrays have no BF16 and FP8."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-TORCH = {
+TORCH_DTYPES = {
     tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16,
     tl.float32: torch.float32, tl.float64: torch.float64,
 }  # fmt: skip
@@ -15,7 +15,7 @@ Builder = interpreter.InterpreterBuilder
 cast_impl, create_dot = Builder.cast_impl, Builder.create_dot
 
 
-def correct() -> None:
+def patch() -> None:
     interpreter._convert_float = _convert_float
     Builder.create_dot = _create_dot
     for name in ("create_si_to_fp", "create_ui_to_fp"):
@@ -23,20 +23,20 @@ def correct() -> None:
 
 
 def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """Rounds to nearest: the interpreter's own cuts BF16 off, and loses the carry where FP8 rounds up."""
-    x = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).view(TORCH[source])
-    bits = x.to(TORCH[target]).view(torch.uint8).numpy()
+    """Round to nearest: the original truncates to BF16, and loses the carry when FP8 rounds up."""
+    x = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).view(TORCH_DTYPES[source])
+    bits = x.to(TORCH_DTYPES[target]).view(torch.uint8).numpy()
     return bits.view(f"uint{target.primitive_bitwidth}").reshape(data.shape)
 
 
 def _create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """The interpreter's own multiplies the bit patterns of BF16."""
+    """Multiply BF16 as fp32: the original multiplies the bit patterns."""
     a, b = (cast_impl(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
     return create_dot(self, a, b, *rest)
 
 
 def _int_to_float(self: Any, source: Any, target: Any) -> Any:
-    """The interpreter's own takes integers for the bit patterns of BF16."""
+    """Convert integers to BF16 through fp32: the original stores the integers as bit patterns."""
     if target.scalar == tl.bfloat16:
         source = cast_impl(self, source, tl.float32)
     return cast_impl(self, source, target)

@@ -1,24 +1,37 @@
-"""The attention kernels against their twins: odd shapes, every kind of cache, poison wherever nobody may look."""
+"""The attention kernels against the reference: odd shapes, all cache dtypes, poison in memory that must not be read."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from autoglm.kernels.base import AttentionMetadata
 from autoglm.kernels.gpu import decode_attention as decode_module
 from autoglm.kernels.gpu.decode_attention import decode_attention
 from autoglm.kernels.gpu.prefill_attention import prefill_attention
-from autoglm.kernels.gpu.rotary import store_keys
-from autoglm.kernels.reference import attention as twin
-from tests.kernels.attention_cases import STORED, Heads, Paged, assert_same_cache, make_qkv, make_rotary
+from autoglm.kernels.gpu.rotary import store_kv
+from autoglm.kernels.reference import attention as reference
+from tests.kernels.attention_cases import (
+    CACHE_DTYPES,
+    AttentionShape,
+    PagedSequences,
+    assert_same_cache,
+    make_config,
+    make_qkv,
+    model_dtype,
+)
+from tests.kernels.device import DEVICE, set_num_sms
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "int8": 3e-2, "fp8": 3e-2}
-# 9B: 32 query heads on 2 KV heads; here with fewer rotated pairs, no grouping, one KV head, all heads of a tile.
+# The 9B model has 32 query heads on 2 KV heads. The others: few rotated pairs, one KV head, no grouping.
 SHAPES = {
-    "plain": Heads(),
-    "one-kv-head": Heads(heads=6, kv_heads=1, size=16, section=(1, 1, 2)),
-    "no-grouping": Heads(heads=4, kv_heads=4, size=64, section=(8, 12, 12)),
-    "9b": Heads(heads=32, kv_heads=2, size=128, section=(8, 12, 12)),
+    "plain": AttentionShape(),
+    "one-kv-head": AttentionShape(num_heads=6, kv_heads=1, head_dim=16, sections=(1, 1, 2)),
+    "no-grouping": AttentionShape(num_heads=4, kv_heads=4, head_dim=64, sections=(8, 12, 12)),
+    "9b": AttentionShape(num_heads=32, kv_heads=2, head_dim=128, sections=(8, 12, 12)),
 }
-LENGTHS = {  # block sizes are 4 and 16: sequences end on a border, just before, just behind; 0 is a row that pads
+SEQ_LENS = {  # for blocks of 4 and 16: sequences end at, just before and just after a block's end; 0 is a padding row
     "short": [1, 4, 5, 0, 2],
     "borders": [16, 64, 65, 66, 128, 129],
     "one": [200],
@@ -26,18 +39,9 @@ LENGTHS = {  # block sizes are 4 and 16: sequences end on a border, just before,
 }
 
 
-def dtype_of(stored: str) -> torch.dtype:
-    return torch.float32 if stored == "fp32" else torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("stored", CACHE_DTYPES)
 @pytest.mark.parametrize(
-    ("name", "lengths", "block_size", "splits"),
+    ("name", "seq_lens", "block_size", "num_partials"),
     [
         ("plain", "short", 4, 1),
         ("plain", "seventeen", 16, 3),
@@ -46,103 +50,118 @@ def seed() -> None:
         ("9b", "one", 16, 2),
     ],
 )
-def test_decode_twin(name: str, lengths: str, block_size: int, splits: int, stored: str, device: torch.device) -> None:
-    shape, ends = SHAPES[name], LENGTHS[lengths]
-    before = Paged.make(shape, ends, block_size, stored, device, written=[max(0, end - 1) for end in ends])
-    check_decode(shape, before, ends, splits, stored, device)
+def test_decode_attention_equals_the_reference(
+    name: str, seq_lens: str, block_size: int, num_partials: int, stored: str
+) -> None:
+    check_decode(SHAPES[name], SEQ_LENS[seq_lens], block_size, stored, num_partials)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 32])
-def test_any_number_of_splits(most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of more than one tile, a last share that is not full, and sequences with nothing to share."""
-    monkeypatch.setattr(decode_module, "MOST_SPLITS", most)
-    monkeypatch.setattr(decode_module, "processors", lambda device: 1000)
-    ends = [1, 65, 290, 0, 321]
-    before = Paged.make(SHAPES["plain"], ends, 16, "fp32", device, written=[max(0, end - 1) for end in ends])
-    check_decode(SHAPES["plain"], before, ends, 1, "fp32", device)
+@pytest.mark.parametrize("num_sms", [30, 1000])  # partial results are combined 4 or 16 at a time
+@pytest.mark.parametrize("max_splits", [1, 2, 3, 32])
+def test_keys_are_split_among_any_number_of_programs(
+    max_splits: int, num_sms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits of several tiles, a last split that is not full, and sequences too short to be split."""
+    monkeypatch.setattr(decode_module, "MAX_SPLITS", max_splits)
+    set_num_sms(monkeypatch, decode_module, num_sms)
+    check_decode(SHAPES["plain"], [1, 65, 290, 0, 321, 1100], 16, "fp32")
 
 
-def check_decode(shape: Heads, before: Paged, ends: list[int], splits: int, stored: str, device: torch.device) -> None:
-    dtype, rows = dtype_of(stored), len(ends)
-    qkv, rotary = make_qkv(shape, rows + 2, splits, dtype, device), make_rotary(shape, device)
-    qkv[:, rows:] = float("nan")  # the pass goes on behind its single tokens
-    qkv[:, [end == 0 for end in ends] + [False] * 2] = float("nan")
-    positions = torch.randint(0, 64, (3, rows + 2), dtype=torch.int32, device=device)
-    ours, twins = before.copy(), before.copy()
-    rest = (shape.heads, dtype)
-    args = qkv[:, :rows], positions[:, :rows], rotary
-    mixed = decode_attention(*args, ours.cache, ours.table, ours.lengths, *rest)
-    table = twins.table.where(twins.table < 2**30, 0)
-    expected = twin.decode_attention(*args, twins.cache, table, twins.lengths, *rest)
-    assert mixed.dtype == dtype
-    torch.testing.assert_close(mixed, expected, rtol=TOLERANCE[stored], atol=TOLERANCE[stored])
-    assert (mixed[[end == 0 for end in ends]] == 0).all()
-    written = torch.cat([before.slots(row, end - 1, end) for row, end in enumerate(ends) if end])
-    assert_same_cache(ours.cache, twins.cache, before.cache, written)
-    assert (decode_module.counters(device) == 0).all()
+def check_decode(
+    shape: AttentionShape, seq_lens: list[int], block_size: int, stored: str, num_partials: int = 1
+) -> None:
+    before = PagedSequences.make(
+        shape, seq_lens, block_size, stored, num_written=[max(0, seq_len - 1) for seq_len in seq_lens]
+    )
+    dtype, rows = model_dtype(stored), len(seq_lens)
+    padding = [seq_len == 0 for seq_len in seq_lens]
+    qkv = make_qkv(shape, rows + 2, num_partials, dtype)
+    qkv[:, rows:] = float("nan")  # further rows of the pass
+    qkv[:, padding + [False] * 2] = float("nan")
+    positions = torch.randint(0, 64, (3, rows + 2), dtype=torch.int32, device=DEVICE)
+    inputs: dict[str, Any] = {"qkv": qkv[:, :rows], "config": make_config(shape, dtype)}
+    metadata = AttentionMetadata(positions[:, :rows], before.block_table, before.seq_lens)
+    ours, theirs = before.copy().cache, before.copy().cache
+    found = decode_attention(**inputs, cache=ours, metadata=metadata)
+    metadata = replace(metadata, block_table=before.block_table.where(before.block_table < 2**30, 0))
+    expected = reference.decode_attention(**inputs, cache=theirs, metadata=metadata)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[stored], atol=TOLERANCE[stored])
+    assert (found[padding] == 0).all()
+    written = torch.cat([before.slots(row, end - 1, end) for row, end in enumerate(seq_lens) if end])
+    assert_same_cache(ours, theirs, before.cache, written)
+    assert (decode_module.counters(DEVICE) == 0).all()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 16, 17])
-def test_any_group(group: int, device: torch.device) -> None:
-    shape = Heads(heads=2 * group, kv_heads=2, size=16, section=(2, 1, 1))
-    ends = [70, 3]
-    before = Paged.make(shape, ends, 16, "fp32", device, written=[end - 1 for end in ends])
-    check_decode(shape, before, ends, 1, "fp32", device)
-    paged = Paged.make(shape, ends, 16, "fp32", device, written=ends)
-    check_prefill(shape, paged, [40, 3], "fp32", device)
+def test_any_number_of_query_heads_shares_a_kv_head(group: int) -> None:
+    shape = AttentionShape(num_heads=2 * group, kv_heads=2, head_dim=16, sections=(2, 1, 1))
+    check_decode(shape, [70, 3], 16, "fp32")
+    check_prefill(shape, [70, 3], [40, 3], 16, "fp32")
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("stored", CACHE_DTYPES)
 @pytest.mark.parametrize(
-    ("name", "chunks", "lengths", "block_size"),
+    ("name", "chunks", "seq_lens", "block_size"),
     [
         ("plain", [1, 17, 64], [1, 17, 64], 4),  # whole prompts
-        ("plain", [16, 2, 130], [64, 201, 131], 16),  # chunks behind earlier keys
+        ("plain", [16, 2, 130], [64, 201, 131], 16),  # later chunks of prompts
         ("one-kv-head", [5, 128], [128, 129], 16),
         ("no-grouping", [33, 129], [65, 129], 4),
         ("9b", [17], [80], 16),
     ],
 )
-def test_prefill_twin(
-    name: str, chunks: list[int], lengths: list[int], block_size: int, stored: str, device: torch.device
+def test_prefill_attention_equals_the_reference(
+    name: str, chunks: list[int], seq_lens: list[int], block_size: int, stored: str
 ) -> None:
-    paged = Paged.make(SHAPES[name], lengths, block_size, stored, device, written=lengths)
-    check_prefill(SHAPES[name], paged, chunks, stored, device)
+    check_prefill(SHAPES[name], seq_lens, chunks, block_size, stored)
 
 
-def test_prefill_of_blocks_of_any_size(device: torch.device) -> None:
-    paged = Paged.make(SHAPES["plain"], [37, 12], 6, "fp32", device, written=[37, 12])
-    check_prefill(SHAPES["plain"], paged, [37, 5], "fp32", device)
+def test_prefill_attention_takes_any_block_size() -> None:
+    check_prefill(SHAPES["plain"], [37, 12], [37, 5], 6, "fp32")
 
 
-def check_prefill(shape: Heads, paged: Paged, chunks: list[int], stored: str, device: torch.device) -> None:
-    starts = torch.tensor([0, *chunks], device=device).cumsum(0).to(torch.int32)
-    q = torch.randn(sum(chunks), shape.heads + 1, shape.size, device=device).to(dtype_of(stored))
-    q[:, -1] = float("nan")  # what lies between the rows
-    args = q[:, :-1], paged.cache, paged.table, starts, paged.lengths, max(chunks) + 3
-    mixed, expected = prefill_attention(*args), twin.prefill_attention(*args)
-    assert mixed.dtype == q.dtype
-    torch.testing.assert_close(mixed, expected, rtol=TOLERANCE[stored], atol=TOLERANCE[stored])
+def check_prefill(shape: AttentionShape, seq_lens: list[int], chunks: list[int], block_size: int, stored: str) -> None:
+    paged = PagedSequences.make(shape, seq_lens, block_size, stored, num_written=seq_lens)
+    q = torch.randn(sum(chunks), shape.num_heads + 1, shape.head_dim, device=DEVICE).to(model_dtype(stored))
+    q[:, -1] = float("nan")  # between the rows
+    metadata = AttentionMetadata(
+        positions=torch.empty(0),  # not read
+        block_table=paged.block_table,
+        seq_lens=paged.seq_lens,
+        cu_seqlens_q=torch.tensor([0, *chunks], device=DEVICE).cumsum(0).to(torch.int32),
+        max_seqlen_q=max(chunks) + 3,
+    )
+    inputs: dict[str, Any] = {"q": q[:, :-1], "cache": paged.cache, "metadata": metadata}
+    found, expected = prefill_attention(**inputs), reference.prefill_attention(**inputs)
+    assert found.dtype == q.dtype
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[stored], atol=TOLERANCE[stored])
 
 
-@pytest.mark.parametrize("stored", STORED)
-def test_decoding_goes_on_where_prefill_ended(stored: str, device: torch.device) -> None:
-    """The last token of a prompt sees the same, whether it comes as part of a chunk or as a single token."""
-    shape, tokens = SHAPES["plain"], 19
-    paged = Paged.make(shape, [tokens], 4, stored, device, written=[0])
-    rotary, dtype = make_rotary(shape, device), dtype_of(stored)
-    qkv = make_qkv(shape, tokens, 1, dtype, device)
-    positions = torch.arange(tokens, dtype=torch.int32, device=device).expand(3, -1).contiguous()
+@pytest.mark.parametrize("stored", CACHE_DTYPES)
+def test_decode_and_prefill_attention_agree(stored: str) -> None:
+    """Each token of a prompt gets the same result in a chunk as when it is decoded."""
+    shape, tokens = SHAPES["plain"], 11
+    paged = PagedSequences.make(shape, [tokens], 4, stored, num_written=[0])
+    dtype = model_dtype(stored)
+    qkv = make_qkv(shape, tokens, 1, dtype)
+    positions = torch.arange(tokens, dtype=torch.int32, device=DEVICE).expand(3, -1).contiguous()
     slots = paged.slots(0, 0, tokens)
-    other = paged.copy()
-    q, _, _ = store_keys(qkv, positions, rotary, paged.cache, slots, shape.heads, dtype)
-    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-    chunk = prefill_attention(q, paged.cache, paged.table, starts, paged.lengths, tokens)
+    decoded = paged.copy()
+    config = make_config(shape, dtype)
+    q, _, _ = store_kv(qkv=qkv, positions=positions, slot_mapping=slots, cache=paged.cache, config=config)
+    metadata = AttentionMetadata(
+        positions,
+        paged.block_table,
+        paged.seq_lens,
+        cu_seqlens_q=torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE),
+        max_seqlen_q=tokens,
+    )
+    chunk = prefill_attention(q=q, cache=paged.cache, metadata=metadata)
     for end in range(1, tokens + 1):
         row = slice(end - 1, end)
-        lengths = torch.tensor([end], dtype=torch.int32, device=device)
-        single = decode_attention(
-            qkv[:, row], positions[:, row], rotary, other.cache, other.table, lengths, shape.heads, dtype
-        )
+        seq_lens = torch.tensor([end], dtype=torch.int32, device=DEVICE)
+        metadata = AttentionMetadata(positions[:, row], decoded.block_table, seq_lens)
+        single = decode_attention(qkv=qkv[:, row], cache=decoded.cache, metadata=metadata, config=config)
         torch.testing.assert_close(single, chunk[row], rtol=TOLERANCE[stored], atol=TOLERANCE[stored])
-    assert_same_cache(other.cache, paged.cache, paged.cache, slots)
+    assert_same_cache(decoded.cache, paged.cache, paged.cache, slots)

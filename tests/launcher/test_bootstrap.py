@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_launcher import bootstrap
-from autoglm_launcher import venv as environment
+from autoglm_launcher import bootstrap, venv
 from autoglm_launcher.ports import free_ports
 
 
 @pytest.mark.parametrize(("options", "extras"), [([], ["gateway"]), (["--no-gateway"], []), (["--once"], [])])
-def test_installs_what_it_will_start(options: list[str], extras: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installs_the_requirements_of_the_processes_that_it_starts(
+    options: list[str], extras: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed: list[list[str]] = []
     started: list[list[str]] = []
 
@@ -17,7 +18,7 @@ def test_installs_what_it_will_start(options: list[str], extras: list[str], monk
         installed.append(extras)
         return Path("/venv/bin/python")
 
-    monkeypatch.setattr(environment, "prepare", prepare)
+    monkeypatch.setattr(venv, "prepare", prepare)
     monkeypatch.setattr(bootstrap, "raise_on_signals", lambda: None)
     monkeypatch.setattr(os, "execv", lambda python, command: started.append(command))
     names = ("--http-port", "--grpc-port", "--metrics-port", "--gateway-port")

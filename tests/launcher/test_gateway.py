@@ -1,4 +1,4 @@
-"""The launcher's Gateway: a real `python -m gateway`, with no server behind it."""
+"""GatewayProcess: a real `python -m gateway`, without a server."""
 
 import os
 import signal
@@ -9,24 +9,32 @@ from pathlib import Path
 import pytest
 
 from autoglm_launcher import gateway as module
+from autoglm_launcher import restart
 from autoglm_launcher.console import LauncherError
-from autoglm_launcher.gateway import Gateway, fault_of
+from autoglm_launcher.gateway import GatewayProcess, fault_of
 from autoglm_launcher.ports import free_ports
 from autoglm_launcher.processes import is_running
+from autoglm_launcher.restart import Restarter
 
 
-def made(directory: Path, environment: dict[str, str] | None = None) -> Gateway:
-    nobody, port = free_ports(2)
-    return Gateway(f"127.0.0.1:{nobody}", "127.0.0.1", port, directory / "gateway.log", environment)
+def make_gateway(directory: Path, environment: dict[str, str] | None = None) -> GatewayProcess:
+    triton, port = free_ports(2)
+    return GatewayProcess(
+        triton=f"127.0.0.1:{triton}",
+        host="127.0.0.1",
+        port=port,
+        log_path=directory / "gateway.log",
+        environment=environment,
+    )
 
 
 def test_listens_without_a_server_but_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gateway = made(tmp_path)
+    gateway = make_gateway(tmp_path)
     gateway.start()
     try:
         gateway.wait_listening()
         pids = [process.pid for process in gateway.processes()]
-        monkeypatch.setattr(module, "READY_WITHIN_S", 0.1)
+        monkeypatch.setattr(module, "READY_TIMEOUT_S", 0.1)
         with pytest.raises(LauncherError, match=r"the gateway is not ready after 0 s: not ready: no server at"):
             gateway.wait_ready()
         begin = time.monotonic()
@@ -38,64 +46,67 @@ def test_listens_without_a_server_but_is_not_ready(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "gateway.log").read_text() == ""
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
-    gateway = made(tmp_path)
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    gateway = make_gateway(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", gateway.port))
         taken.listen()
-        with pytest.raises(LauncherError, match=rf"gateway port {gateway.port} .* give --gateway-port another number"):
+        with pytest.raises(LauncherError, match=rf"gateway port {gateway.port} .* choose another --gateway-port"):
             gateway.start()
 
 
-def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path: Path) -> None:
-    gateway = made(tmp_path, {"AUTOGLM_API_KEYS": str(tmp_path / "nowhere")})
+def test_a_startup_error_is_reported_in_one_line(tmp_path: Path) -> None:
+    gateway = make_gateway(tmp_path, {"AUTOGLM_API_KEYS": str(tmp_path / "nowhere")})
     gateway.start()
     try:
-        with pytest.raises(LauncherError, match=r"the gateway did not start: gateway: .*No such file .*nowhere"):
+        with pytest.raises(
+            LauncherError, match=r"the gateway did not start: gateway: .*nowhere cannot be read: No such file"
+        ):
             gateway.wait_listening()
     finally:
         gateway.stop(now=True)
 
 
-def test_revives_what_was_killed_after_a_wait_that_grows(
+def test_a_killed_gateway_is_restarted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_BACK_OFF_S", 0.2)
-    gateway = made(tmp_path)
+    monkeypatch.setattr(restart, "FIRST_WAIT_S", 0.1)
+    gateway = make_gateway(tmp_path)
     gateway.start()
+    restarter = Restarter(gateway, gateway.start, gateway.failure)
     try:
-        for back_off_s in (0.2, 0.4):
+        for wait_s in (0.1, 0.2):
             gateway.wait_listening()
-            for process in gateway.processes():
-                os.kill(process.pid, signal.SIGKILL)
-            while gateway.is_alive():
-                time.sleep(0.01)
+            kill(gateway)
             begin = time.monotonic()
-            gateway.revive()
-            assert "error: the gateway ended: SIGKILL ended it" in capfd.readouterr().err
+            restarter.check()
+            assert "error: the gateway ended: killed by SIGKILL" in capfd.readouterr().err
             while not gateway.is_alive():
-                gateway.revive()
-            assert time.monotonic() - begin >= back_off_s
-            assert "the gateway is started again" in capfd.readouterr().out
+                restarter.check()
+            assert time.monotonic() - begin >= wait_s
+            assert "the gateway is running again" in capfd.readouterr().out
         gateway.wait_listening()
-        monkeypatch.setattr(module, "PROVEN_AFTER_S", 0.0)
-        for process in gateway.processes():
-            os.kill(process.pid, signal.SIGKILL)
-        while gateway.is_alive():
-            time.sleep(0.01)
-        gateway.revive()
-        assert gateway._back_off_s == 0.4, "what has proved itself begins with the shortest wait"
+        kill(gateway)
+        restarter.check()
+        capfd.readouterr()
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(("127.0.0.1", gateway.port))
             taken.listen()
-            time.sleep(0.25)
-            gateway.revive()
+            time.sleep(0.45)
+            restarter.check()
             assert f"error: gateway port {gateway.port} cannot be used" in capfd.readouterr().err
             assert not gateway.is_alive()
-        time.sleep(0.45)
-        gateway.revive()
+        time.sleep(0.85)
+        restarter.check()
         gateway.wait_listening()
-        assert fault_of(f"127.0.0.1:{gateway.port}", "/health") is None
+        assert fault_of(gateway.address, "/health") is None
     finally:
         gateway.stop(now=True)
+
+
+def kill(gateway: GatewayProcess) -> None:
+    for process in gateway.processes():
+        os.kill(process.pid, signal.SIGKILL)
+    while gateway.is_alive():
+        time.sleep(0.01)

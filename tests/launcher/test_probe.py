@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autoglm_launcher import probe
-from autoglm_launcher.probe import ProbeError, Sample, ask, responses_so_far
+from autoglm_launcher.probe import ProbeError, Sample, ask, count_responses
 
 Serve = Callable[[int, bytes], str]
 PIECES = [
@@ -32,7 +32,7 @@ def requests() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def serve(requests: list[dict[str, Any]]) -> Iterator[Serve]:
-    """Starts a server that answers everything with one status and body; returns its address."""
+    """Starts a server that answers every request with one status and body; returns its address."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(status: int, body: bytes) -> str:
@@ -71,14 +71,14 @@ def test_joins_the_pieces(serve: Serve, sample: Sample, requests: list[dict[str,
     assert requests[0]["max_tokens"] == 5
 
 
-def test_a_spoken_task(serve: Serve, requests: list[dict[str, Any]]) -> None:
-    heard = [{**PIECES[0], "TRANSCRIPTS": "tap on Battery"}, PIECES[1]]
+def test_a_spoken_task_is_sent_as_audio(serve: Serve, requests: list[dict[str, Any]]) -> None:
+    spoken = [{**PIECES[0], "TRANSCRIPTS": "tap on Battery"}, PIECES[1]]
     sample = Sample.spoken()
-    answer = ask(serve(200, events(*heard)), sample, max_tokens=5, timeout_s=5)
-    assert (answer.text, answer.heard, sample.task) == ("<think>a", "tap on Battery", "please tap on Battery")
-    (sound,) = requests[0]["AUDIO"]
+    answer = ask(serve(200, events(*spoken)), sample, max_tokens=5, timeout_s=5)
+    assert (answer.text, answer.transcript, sample.task) == ("<think>a", "tap on Battery", "please tap on Battery")
+    (clip,) = requests[0]["AUDIO"]
     assert requests[0]["PROMPT"] == "" and len(requests[0]["IMAGES"]) == 1
-    assert base64.b64decode(sound.removeprefix("data:audio/flac;base64,")).startswith(b"fLaC")
+    assert base64.b64decode(clip.removeprefix("data:audio/flac;base64,")).startswith(b"fLaC")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_spoken_task(serve: Serve, requests: list[dict[str, Any]]) -> None:
         (200, b"", "without a finish reason"),
     ],
 )
-def test_what_is_no_answer(serve: Serve, sample: Sample, status: int, body: bytes, message: str) -> None:
+def test_an_incomplete_answer_is_an_error(serve: Serve, sample: Sample, status: int, body: bytes, message: str) -> None:
     with pytest.raises(ProbeError, match=message) as error:
         ask(serve(status, body), sample, max_tokens=1, timeout_s=5)
     assert not error.value.busy
@@ -104,33 +104,33 @@ def test_what_is_no_answer(serve: Serve, sample: Sample, status: int, body: byte
         (400, b'data: {"error":"in ensemble \'ensemble\', UNAVAILABLE: 256 requests wait already"}\n\n'),
     ],
 )
-def test_a_full_queue_is_no_illness(serve: Serve, sample: Sample, status: int, body: bytes) -> None:
+def test_a_full_queue_is_healthy(serve: Serve, sample: Sample, status: int, body: bytes) -> None:
     with pytest.raises(ProbeError) as error:
         ask(serve(status, body), sample, max_tokens=1, timeout_s=5)
     assert error.value.busy
 
 
-def test_nobody_listens(sample: Sample) -> None:
-    with pytest.raises(ProbeError, match=r"no answer from 127\.0\.0\.1:1: .*refused"):
+def test_a_refused_connection_is_an_error(sample: Sample) -> None:
+    with pytest.raises(ProbeError, match=r"^no answer from 127\.0\.0\.1:1 \(Connection refused\)$"):
         ask("127.0.0.1:1", sample, max_tokens=1, timeout_s=5)
 
 
-def test_counts_streamed_responses(serve: Serve) -> None:
+def test_count_responses_adds_up_all_streams(serve: Serve) -> None:
     statistics = {"model_stats": [{"response_stats": {"0": {"success": {"count": 3}}, "1": {"success": {"count": 2}}}}]}
-    assert responses_so_far(serve(200, json.dumps(statistics).encode())) == 5
+    assert count_responses(serve(200, json.dumps(statistics).encode())) == 5
     with pytest.raises(ProbeError, match="no statistics"):
-        responses_so_far(serve(404, b"{}"))
+        count_responses(serve(404, b"{}"))
 
 
 def test_missing_samples_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match=r"samples\.json cannot be read"):
+    with pytest.raises(ProbeError, match=r"samples\.json is missing or is not a list of samples$"):
         Sample.first(tmp_path)
     (tmp_path / "samples.json").write_text('[{"image": "gone.png", "task": "x"}]')
     with pytest.raises(ProbeError, match=r"gone\.png is missing"):
         Sample.first(tmp_path)
 
 
-def test_the_exit_code_for_health_checks(
+def test_the_exit_code_is_a_health_check(
     serve: Serve, sample: Sample, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(probe, "SAMPLES", sample.image.parent)

@@ -4,40 +4,40 @@ from pathlib import Path
 
 import pytest
 
-from autoglm_launcher import tritonserver as installation
 from autoglm_launcher.console import LauncherError
-from autoglm_launcher.tritonserver import Installation, check_numpy, libpython_directory
+from autoglm_launcher.tritonserver import STUB, Installation, check_numpy, libpython_directory
 
 
-def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_2_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "2.1.0")
-    with pytest.raises(LauncherError, match=r"numpy 2\.1\.0 .* pip install 'numpy>=1.26,<2'"):
+    with pytest.raises(LauncherError, match=r"with numpy 2\.1\.0 .* pip install 'numpy>=1.26,<2'"):
         check_numpy()
 
 
-def test_numpy_here_is_fit() -> None:
+def test_the_installed_numpy_is_accepted() -> None:
     check_numpy()
 
 
-def test_the_wheel_is_made_ready_to_run() -> None:
+@pytest.mark.tritonserver
+def test_the_wheel_gets_the_stub_for_this_python() -> None:
     found = Installation.from_wheel()
     assert found.executable.is_file()
-    stub = found.backends / "python" / installation.STUB
+    stub = found.backends / "python" / STUB
     assert stub.stat().st_mode & 0o111
     assert list(libpython_directory().glob("libpython3*.so*"))
 
 
-def test_a_missing_wheel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(LauncherError, match="nvidia-pytriton is not installed"):
         Installation.from_wheel()
 
 
-def test_a_container_layout(tmp_path: Path) -> None:
+def test_the_layout_of_a_container_image(tmp_path: Path) -> None:
     executable = tmp_path / "bin" / "tritonserver"
     executable.parent.mkdir()
     executable.write_text("#!/bin/sh\n")
-    with pytest.raises(LauncherError, match="is no program"):
+    with pytest.raises(LauncherError, match=r"--tritonserver must be .* is not executable"):
         Installation.from_executable(executable)
     executable.chmod(0o755)
     with pytest.raises(LauncherError, match="has no Python backend"):
@@ -46,7 +46,7 @@ def test_a_container_layout(tmp_path: Path) -> None:
     assert Installation.from_executable(executable).backends == tmp_path / "backends"
 
 
-def test_a_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_libpython_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: {"LIBDIR": "/nowhere"}.get(name))
     with pytest.raises(LauncherError, match=r"apt-get install libpython3\.1\d"):
         libpython_directory()

@@ -16,18 +16,15 @@ class FakeServer:
         self.alive = True
         self.stubs = [ServerProcess(11, "stub", "vit_encoder_0_0"), ServerProcess(12, "stub", "autoglm_llm_0_0")]
 
-    def is_alive(self) -> bool:
-        return self.alive
-
     def processes(self) -> list[ServerProcess]:
         return [ServerProcess(10, "server"), *self.stubs]
 
-    def explain(self) -> str:
-        return "SIGSEGV ended it"
+    def failure(self) -> str | None:
+        return None if self.alive else "the server ended: killed by SIGSEGV"
 
 
 class World:
-    """A server, a clock, and what probes meet."""
+    """A server, a clock, and the result of probes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server = FakeServer()
@@ -36,7 +33,7 @@ class World:
         self.responses = 0
         self.probes = 0
         monkeypatch.setattr(watchdog, "ask", self._ask)
-        monkeypatch.setattr(watchdog, "responses_so_far", lambda address: self.responses)
+        monkeypatch.setattr(watchdog, "count_responses", lambda address: self.responses)
         server: Any = self.server
         sample = Sample(Path("screen.png"), "task")
         self.watchdog = Watchdog(server, sample, interval_s=10, timeout_s=5, patience=3, clock=lambda: self.now)
@@ -65,12 +62,12 @@ def test_a_healthy_server_is_left_alone(world: World) -> None:
     assert world.probes == 10
 
 
-def test_a_server_that_ended(world: World) -> None:
+def test_a_server_that_has_ended_must_be_restarted(world: World) -> None:
     world.server.alive = False
-    assert world.check_for(1) == "the server ended: SIGSEGV ended it"
+    assert world.check_for(1) == "the server ended: killed by SIGSEGV"
 
 
-def test_a_dead_stub_is_noticed_at_once_and_named(world: World) -> None:
+def test_a_dead_stub_is_detected_at_once_and_named(world: World) -> None:
     del world.server.stubs[1]
     assert world.check_for(1) == "the process of model instance autoglm_llm_0_0 died"
     assert world.probes == 0
@@ -83,7 +80,7 @@ def test_probes_must_fail_several_times_in_a_row(world: World) -> None:
     assert world.probes == 3
 
 
-def test_a_good_probe_forgives_failures(world: World) -> None:
+def test_a_successful_probe_resets_the_failures(world: World) -> None:
     world.failure = ProbeError("no answer in 5 s")
     assert world.check_for(12) is None
     assert world.probes == 2
@@ -94,16 +91,26 @@ def test_a_good_probe_forgives_failures(world: World) -> None:
     assert world.probes == 5
 
 
-def test_a_busy_server_is_well(world: World) -> None:
+def test_a_busy_server_is_healthy(world: World) -> None:
     world.failure = ProbeError("HTTP 400: UNAVAILABLE: 256 requests wait already")
     assert world.check_for(100) is None
 
 
-def test_a_server_that_works_for_others_is_well(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_answers_other_requests_is_healthy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def tokens(address: str) -> int:
         world.responses += 1
         return world.responses
 
-    monkeypatch.setattr(watchdog, "responses_so_far", tokens)
+    monkeypatch.setattr(watchdog, "count_responses", tokens)
     world.failure = ProbeError("no answer in 5 s")
     assert world.check_for(100) is None
+
+
+def test_a_reset_accepts_the_stubs_of_the_restarted_server(world: World) -> None:
+    world.failure = ProbeError("no answer in 5 s")
+    assert world.check_for(12) is None
+    world.server.stubs = [ServerProcess(21, "stub", "vit_encoder_0_0")]
+    world.watchdog.reset()
+    assert world.check_for(12) is None, "one failed probe of three"
+    world.server.stubs.clear()
+    assert world.check_for(1) == "the process of model instance vit_encoder_0_0 died"

@@ -1,4 +1,4 @@
-"""Calibration: what is recorded, and that smoothing changes the weights but not what the model computes."""
+"""Calibration: the recorded ranges, and smoothing, which changes the weights but not the model's output."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A checkpoint some of whose norms make some channels very large, as in large models."""
+    """A checkpoint whose norms make some channels very large, as in large models."""
     directory = tmp_path_factory.mktemp("outliers")
     make_checkpoint(directory)
     weights = load_file(directory / "model.safetensors")
@@ -66,11 +66,11 @@ def logits(model: LanguageModel, length: int = 40) -> torch.Tensor:
     return model.logits(prefill(model, hidden, positions)[0])
 
 
-def test_smoothing_computes_the_same_with_smaller_inputs(outliers: Checkpoint, dataset: Path) -> None:
+def test_smoothing_keeps_the_logits_and_shrinks_the_inputs(outliers: Checkpoint, dataset: Path) -> None:
     model = load_language_model(outliers, CPU, torch.float32)
     expected = logits(model)
     calibration = calibrate(model, outliers, config(dataset, smoothing=0.5))
-    weights = ((name, calibration.smooth(name, tensor)) for name, tensor in _floats(outliers))
+    weights = ((name, calibration.smooth(name, tensor)) for name, tensor in _float_weights(outliers))
     smoothed = load_language_model(outliers, CPU, torch.float32)
     load_parameters(smoothed, weights, PREFIXES)
     down = "layers.1.mlp.down_proj.weight"
@@ -83,13 +83,13 @@ def test_smoothing_computes_the_same_with_smaller_inputs(outliers: Checkpoint, d
     assert "layers.1.mlp.gate_up_proj" in calibration.table()
 
 
-def _floats(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+def _float_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in read_weights(checkpoint, tuple(PREFIXES), CPU):
         assert isinstance(tensor, torch.Tensor)
         yield name, tensor
 
 
-def test_smoothed_int8_is_nearer_to_float(outliers: Checkpoint, dataset: Path, tmp_path: Path) -> None:
+def test_smoothing_reduces_the_error_of_int8(outliers: Checkpoint, dataset: Path, tmp_path: Path) -> None:
     expected = logits(load_language_model(outliers, CPU, torch.float32))
     errors = []
     for smoothing in (0.0, 0.5):
@@ -107,7 +107,7 @@ def _loaded(
     return model, model.kv_scales
 
 
-def test_scales_of_the_cache_cover_what_was_seen(plain: Pair, dataset: Path) -> None:
+def test_scales_of_the_kv_cache_cover_the_recorded_range(plain: Pair, dataset: Path) -> None:
     model = load_language_model(plain.checkpoint, CPU, torch.float32)
     calibration = calibrate(model, plain.checkpoint, config(dataset))
     text = plain.checkpoint.text
@@ -119,10 +119,10 @@ def test_scales_of_the_cache_cover_what_was_seen(plain: Pair, dataset: Path) -> 
     assert (largest > 0).all()
     few = calibrate(model, plain.checkpoint, config(dataset, samples=1))
     assert (few.kv_scales <= calibration.kv_scales).all()
-    assert model.kernels is load_language_model(plain.checkpoint, CPU, torch.float32).kernels, "the recorder is gone"
+    assert model.kernels is load_language_model(plain.checkpoint, CPU, torch.float32).kernels, "the recorder is removed"
 
 
-def test_a_later_start_needs_no_calibration(plain: Pair, dataset: Path, tmp_path: Path) -> None:
+def test_cached_weights_need_no_calibration(plain: Pair, dataset: Path, tmp_path: Path) -> None:
     settings = QuantizationConfig(calibration=config(dataset, smoothing=0.5))
     cache = WeightCache(tmp_path, 10**9)
     first, scales = _loaded(plain.checkpoint, LoadConfig(settings, cache))
@@ -142,24 +142,26 @@ def test_a_later_start_needs_no_calibration(plain: Pair, dataset: Path, tmp_path
     ("line", "message"),
     [
         ("", "is empty"),
-        ("[", "sample 1: "),
-        ('{"image": 1}', "sample 1: 'messages'"),
+        ("[", "sample 1: must be JSON"),
+        ("[1]", "sample 1: must be JSON"),
+        ('{"image": 1}', 'sample 1: must be JSON, {"text": TEXT} or {"messages": MESSAGES}$'),
+        ('{"messages": ["x"]}', "sample 1: must be JSON"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "none.png"}]}]}', "No such file"),
         ('{"messages": [{"role": "king", "content": "x"}]}', "role"),
     ],
 )
-def test_samples_that_cannot_be_read(plain: Pair, tmp_path: Path, line: str, message: str) -> None:
+def test_invalid_samples_are_rejected(plain: Pair, tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(line)
     model = load_language_model(plain.checkpoint, CPU, torch.float32)
-    with pytest.raises(ConfigError, match=message) as refused:
+    with pytest.raises(ConfigError, match=message) as rejected:
         calibrate(model, plain.checkpoint, config(file))
-    assert str(file) in str(refused.value)
+    assert str(file) in str(rejected.value)
     with pytest.raises(ConfigError, match="No such file"):
         calibrate(model, plain.checkpoint, config(tmp_path / "none.jsonl"))
 
 
-def test_the_largest_pass_is_no_longer_than_a_context(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_pass_is_limited_by_the_context(plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_language_model(plain.checkpoint, CPU, torch.float32)
     lengths: list[int] = []
 
@@ -173,7 +175,7 @@ def test_the_largest_pass_is_no_longer_than_a_context(plain: Pair, monkeypatch: 
     assert lengths == [plain.checkpoint.text.max_position_embeddings]
 
 
-def test_other_tensors_are_left_alone() -> None:
+def test_other_tensors_are_not_smoothed() -> None:
     calibration = Calibration({"layers.0.mlp.down_proj": torch.ones(4)}, torch.ones(2, 1, 1), [])
     bias = torch.ones(3)
     for name in ("model.language_model.layers.0.self_attn.q_proj.bias", "lm_head.weight"):

@@ -1,4 +1,4 @@
-"""`python -m loadtest` as a whole, against servers that answer as Triton does."""
+"""`python -m loadtest` against fake Triton servers."""
 
 import json
 import re
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with three events, the second of which holds one token: Triton writes it without brackets."""
+    """Answers with three events. The second one has a single token, which Triton writes as a scalar."""
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def http_server() -> Iterator[str]:
 
 
 def run(directory: Path, grpc_server: str, http_server: str, task: str) -> tuple[int, dict[tuple[str, str], list[int]]]:
-    """Exit code, and (requests, failures) by protocol and name."""
+    """The exit code, and (requests, failures) by protocol and name."""
     (directory / "a.png").write_bytes(b"png")
     (directory / "samples.json").write_text(json.dumps([{"image": "a.png", "task": task}]), "utf-8")
     command = [sys.executable, "-m", "loadtest", "--users", "2", "--duration", "1", "--samples", str(directory)]
@@ -61,7 +61,7 @@ def run(directory: Path, grpc_server: str, http_server: str, task: str) -> tuple
     return done.returncode, {(kind, name): [int(count), int(failed)] for kind, name, count, failed in rows}
 
 
-def test_prints_the_times_of_both_protocols(fake: FakeServer, http_server: str, tmp_path: Path) -> None:
+def test_the_table_has_the_latencies_of_both_protocols(fake: FakeServer, http_server: str, tmp_path: Path) -> None:
     code, rows = run(tmp_path, fake.url, http_server, "打开")
     assert code == 0
     for protocol, between in (("grpc", 10), ("http", 1)):  # tokens after the first piece
@@ -71,7 +71,7 @@ def test_prints_the_times_of_both_protocols(fake: FakeServer, http_server: str, 
         assert rows[protocol, "time between tokens"] == [between * answers, 0]
 
 
-def test_failures_count_and_fail_the_run(fake: FakeServer, http_server: str, tmp_path: Path) -> None:
+def test_failures_are_counted_and_fail_the_run(fake: FakeServer, http_server: str, tmp_path: Path) -> None:
     code, rows = run(tmp_path, fake.url, http_server, "error:INTERNAL: bad")
     assert code == 1
     for protocol in ("grpc", "http"):

@@ -1,4 +1,4 @@
-"""Image files: headers, limits, decoding, broken and hostile files."""
+"""Image files: headers, limits, decoding, damaged and hostile files."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from transformers.image_utils import load_image
 
 from autoglm.config import LimitsConfig
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.media.image_file import decode_base64, decode_data_url, decode_image, media_hash, read_image
+from autoglm.media.image_file import decode_image, media_hash, read_image
 
 LIMITS = LimitsConfig()
 PHOTO = Path(__file__).parents[1] / "vision" / "photos" / "rocket.jpg"
@@ -49,7 +49,7 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 
 def reference(data: bytes) -> Image.Image:
-    """transformers' own reading of a file."""
+    """The file decoded by transformers."""
     return load_image("data:image/png;base64," + base64.b64encode(data).decode())
 
 
@@ -63,11 +63,11 @@ def check_equal_to_reference(data: bytes) -> None:
 
 
 def refused(data: bytes, limits: LimitsConfig = LIMITS) -> str:
-    """The message with which a file is refused from its header alone."""
+    """The error of a file whose header is already rejected."""
     with pytest.raises(RequestError) as caught:
         read_image(data, limits, "IMAGES[1]")
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
-    assert caught.value.message.startswith("IMAGES[1]: ")
+    assert caught.value.message.startswith("IMAGES[1] ")
     with pytest.raises(RequestError):
         decode_image(data, limits, "IMAGES[1]")
     return caught.value.message
@@ -91,7 +91,7 @@ def test_exif_orientation_is_applied_to_size_and_pixels(format: str, orientation
     assert (info.width, info.height) == ((64, 96) if orientation >= 5 else (96, 64))
 
 
-def test_exif_behind_the_pixels_of_a_png_is_applied() -> None:
+def test_exif_after_the_pixels_of_a_png_is_applied() -> None:
     data = rotated("PNG", 6)
     start = data.index(b"eXIf") - 4
     end = start + 12 + struct.unpack_from(">I", data, start)[0]
@@ -144,31 +144,31 @@ def test_one_pixel_is_an_image() -> None:
     check_equal_to_reference(encode(photo(1, 1)))
 
 
-def test_empty_text_and_foreign_files_are_refused() -> None:
+def test_empty_files_and_other_formats_are_rejected() -> None:
     assert "an empty file" in refused(b"")
-    assert "b'{\"a\": 1}'" in refused(b'{"a": 1}')
+    assert "begins with 7b 22 61 22" in refused(b'{"a": 1}')
     assert "PNG, JPEG, WebP, GIF or BMP" in refused(b"hello, I am a text file\n" * 100)
-    assert "files" in refused(encode(photo(), "TIFF"))
-    assert "files" in refused(b"%PDF-1.7\n")
+    assert "PNG, JPEG, WebP, GIF or BMP" in refused(encode(photo(), "TIFF"))
+    assert "PNG, JPEG, WebP, GIF or BMP" in refused(b"%PDF-1.7\n")
 
 
-def test_limits_are_kept_from_the_header() -> None:
+def test_limits_are_checked_from_the_header() -> None:
     data = encode(photo())
     assert f"at most {len(data) - 1} bytes" in refused(data, LimitsConfig(max_image_bytes=len(data) - 1))
     message = refused(data, LimitsConfig(max_image_pixels=96 * 64 - 1))
-    assert "96x64 = 6144 pixels; allowed: at most 6143 pixels" in message
+    assert message == "IMAGES[1] must be an image of at most 6143 pixels (got 96x64 = 6144 pixels)"
     assert read_image(data, LimitsConfig(max_image_pixels=96 * 64)).width == 96
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 20_000, 2**31 - 1])
-def test_a_decompression_bomb_is_refused_without_decoding(side: int) -> None:
+def test_a_decompression_bomb_is_rejected_without_decoding(side: int) -> None:
     bomb = png(side, side, chunk(b"IDAT", zlib.compress(bytes(10**6))))
     assert "at most 67108864 pixels" in refused(bomb)
 
 
 @pytest.mark.parametrize("keep", [8, 20, 60, 0.5, 0.99, -1, -12])
-def test_a_truncated_png_is_refused_from_its_structure(keep: float) -> None:
+def test_a_truncated_png_is_rejected_from_its_structure(keep: float) -> None:
     data = encode(photo())
     end = int(len(data) * keep) if isinstance(keep, float) else int(keep)
     message = refused(data[:end])
@@ -177,14 +177,14 @@ def test_a_truncated_png_is_refused_from_its_structure(keep: float) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
-def test_truncated_files_are_refused_at_the_latest_when_decoded(format: str, keep: float) -> None:
+def test_truncated_files_are_rejected_at_the_latest_when_decoded(format: str, keep: float) -> None:
     data = encode(photo(), format)
-    with pytest.raises(RequestError, match=rf"IMAGES\[0\]: .*{format}"):
+    with pytest.raises(RequestError, match=rf"^IMAGES\[0\] .*{format}[^<>]*$"):
         decode_image(data[: int(len(data) * keep)], LIMITS, "IMAGES[0]")
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_damage_raises_anything_but_a_request_error(format: str) -> None:
+def test_damaged_files_only_raise_request_errors(format: str) -> None:
     data = encode(photo(), format)
     random = np.random.default_rng(5)
     for _ in range(60):
@@ -199,7 +199,7 @@ def test_no_damage_raises_anything_but_a_request_error(format: str) -> None:
         assert image.size == (info.width, info.height)
 
 
-def test_files_made_to_keep_a_parser_busy_are_refused() -> None:
+def test_files_that_would_keep_a_parser_busy_are_rejected() -> None:
     start = encode(photo(), "JPEG")[:2]
     assert "segments" in refused(start + b"\xff\xe0\x00\x02" * 10**6)
     assert "segments" in refused(start + b"\xff" * 10**6)
@@ -214,38 +214,7 @@ def test_files_made_to_keep_a_parser_busy_are_refused() -> None:
     assert read_image(gif[:first] + b"\x21\xfe\x03abc\x00" + gif[first:], LIMITS).width == 96
 
 
-def test_data_urls_are_decoded_strictly() -> None:
-    data = encode(photo())
-    text = base64.b64encode(data).decode()
-    limits = LimitsConfig(max_image_bytes=len(data))
-    for prefix in ("data:image/png;base64,", "data:image/jpeg;base64,", "DATA:image/x-any;base64,"):
-        assert decode_data_url(prefix + text, limits, "url") == data
-    for url in ("https://example.com/a.png", "file:///etc/passwd", text, "data:image/png," + text,
-                "data:text/plain;base64," + text, "data:image/png;base64," + text[:-1],
-                "data:image/png;base64,!" + text[1:], "data:image/png;base64," + text[:8] + "\n" + text[8:],
-                "data:image/png;base64," + "é"):  # fmt: skip
-        with pytest.raises(RequestError, match=r"^url: got ") as caught:
-            decode_data_url(url, limits, "url")
-        assert len(caught.value.message) < 250
-    with pytest.raises(RequestError, match="at most"):
-        decode_data_url("data:image/png;base64," + text + "AAAA", limits, "url")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "QQ==", "QR==", "AAAA", "AAAA====", "A", "AAA", "=", "AA=A", "AA\nAA", "A-_A", "@@@@", "é"]
-)
-def test_base64_is_what_the_standard_library_says(text: str) -> None:
-    try:
-        wanted = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        with pytest.raises(RequestError) as caught:
-            decode_base64(text, 10, "url", "per image")
-        assert caught.value.message == f"url: got broken base64 ({error}); allowed: the whole of a file"
-    else:
-        assert decode_base64(text, 10, "url", "per image") == wanted
-
-
-def test_the_hash_tells_files_and_grids_apart() -> None:
+def test_the_hash_depends_on_file_and_grid() -> None:
     data = encode(photo())
     known = media_hash(data, (1, 4, 8))
     assert known == media_hash(bytes(bytearray(data)), (1, 4, 8))

@@ -1,8 +1,8 @@
-"""A stand-in for `triton_python_backend_utils`, so that adapters are tested without a server.
+"""A fake `triton_python_backend_utils`, to test adapters without a server.
 
 It follows the real module where adapters could go wrong: BYTES arrive as bytes, BF16 tensors have no numpy form, only
-contiguous tensors pass through DLPack, nothing is sent after the final flag. `load_adapter` imports a model.py with
-this module in the place of the real one.
+contiguous tensors pass through DLPack, nothing can be sent after the final flag. `load_adapter` imports a model.py with
+this module in place of the real one.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ class TritonModelException(Exception):
 class Tensor:
     def __init__(self, name: str, array: Any) -> None:
         if not isinstance(array, np.ndarray) or array.dtype.kind == "U":
-            raise TritonModelException(f"Tensor {name} needs a numpy array of numbers, bytes or objects")
+            raise TritonModelException(f"tensor {name} must be a numpy array of numbers, bytes or objects")
         if array.dtype.kind in "SO":
             encoded = np.empty(array.shape, np.object_)
             encoded.reshape(-1)[:] = [e.encode() if isinstance(e, str) else bytes(e) for e in array.reshape(-1)]
@@ -68,9 +68,9 @@ class Tensor:
         data = from_dlpack(tensor)
         if not data.is_contiguous():
             raise TritonModelException("DLPack tensor is not contiguous.")
-        made = cls.__new__(cls)
-        made._name, made._data = name, data
-        return made
+        created = cls.__new__(cls)
+        created._name, created._data = name, data
+        return created
 
     def name(self) -> str:
         return self._name
@@ -142,12 +142,12 @@ class InferenceResponse:
         return self._error
 
     def __getitem__(self, name: str) -> Tensor:
-        """For tests: an output by its name."""
+        """An output by its name; only for tests."""
         return next(tensor for tensor in self._tensors if tensor.name() == name)
 
 
 class ResponseSender:
-    """Keeps what was sent. `finished` is set by the final flag, so tests can wait for a decoupled answer's end."""
+    """Records the responses. `finished` is set by the final flag, so that tests can wait for the end of a stream."""
 
     def __init__(self, request: "InferenceRequest") -> None:
         self._request = request
@@ -169,7 +169,7 @@ class ResponseSender:
 
 
 class InferenceRequest:
-    """A request as an adapter gets it. For tests, `cancelled` may be set and `sender` read at any time."""
+    """A request as an adapter receives it. Tests may set `cancelled` and read `sender` at any time."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ def triton_string_to_numpy(triton_type: str) -> Any:
 
 
 class Logger:
-    """Keeps (level, message) pairs in `records`."""
+    """Records (level, message) pairs."""
 
     records: list[tuple[str, str]] = []  # noqa: RUF012
 
@@ -244,7 +244,7 @@ class Logger:
 
 
 class Metric:
-    """One labelled series. `threads` names every thread that touched it: the real one bears a single thread only."""
+    """One labelled series. `threads` are the names of the threads that used it: the real one is not thread safe."""
 
     def __init__(self, kind: int, labels: dict[str, str]) -> None:
         self.kind = kind
@@ -256,19 +256,19 @@ class Metric:
     def increment(self, value: float) -> None:
         self.threads.add(threading.current_thread().name)
         if self.kind == MetricFamily.HISTOGRAM or (self.kind == MetricFamily.COUNTER and value < 0):
-            raise TritonModelException("a counter only grows, a histogram observes")
+            raise TritonModelException("a counter cannot decrease, and a histogram has no increment")
         self._value += value
 
     def set(self, value: float) -> None:
         self.threads.add(threading.current_thread().name)
         if self.kind != MetricFamily.GAUGE:
-            raise TritonModelException("only a gauge is set")
+            raise TritonModelException("only a gauge can be set")
         self._value = value
 
     def observe(self, value: float) -> None:
         self.threads.add(threading.current_thread().name)
         if self.kind != MetricFamily.HISTOGRAM:
-            raise TritonModelException("only a histogram observes")
+            raise TritonModelException("only a histogram has observations")
         self.observations.append(value)
 
     def value(self) -> float:
@@ -283,15 +283,15 @@ class MetricFamily:
     def __init__(self, name: str, description: str, kind: int) -> None:
         if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", name):
             raise TritonModelException(f"Invalid metric name {name}")
-        known = self.families.setdefault(name, self)
-        if known is not self and known.kind != kind:
+        existing = self.families.setdefault(name, self)
+        if existing is not self and existing.kind != kind:
             raise TritonModelException(f"metric family {name} exists with another kind")
         self.name, self.description, self.kind = name, description, kind
-        self.metrics: list[Metric] = known.metrics if known is not self else []
+        self.metrics: list[Metric] = existing.metrics if existing is not self else []
 
     def Metric(self, labels: dict[str, str], buckets: Sequence[float] | None = None) -> Metric:
         if (buckets is not None) != (self.kind == self.HISTOGRAM):
-            raise TritonModelException("buckets are for histograms, and a histogram needs them")
+            raise TritonModelException("buckets must be given for a histogram, and only for one")
         metric = Metric(self.kind, dict(labels))
         self.metrics.append(metric)
         return metric

@@ -1,4 +1,4 @@
-"""The language model's adapter through a stand-in for pb_utils: streams, stop requests, refusals, metrics."""
+"""The language model's adapter with a fake pb_utils: streams, stop requests, rejections, metrics."""
 
 import json
 import time
@@ -42,7 +42,7 @@ def token_ids(responses: list[Any]) -> list[int]:
     return [id_ for response in responses for id_ in response["TOKEN_IDS"].as_numpy().tolist()]
 
 
-def test_streams_end_with_reason_and_usage(model: Any) -> None:
+def test_streams_end_with_finish_reason_and_usage(model: Any) -> None:
     requests = [make_request(random_text(9, seed), timeout=20_000_000) for seed in range(5)]
     assert model.execute(requests) is None
     for request in requests:
@@ -54,18 +54,18 @@ def test_streams_end_with_reason_and_usage(model: Any) -> None:
         assert usage["prompt_tokens"] == 9 and usage["completion_tokens"] == 6
 
 
-def test_log_probabilities_come_with_their_tokens(model: Any) -> None:
+def test_responses_have_the_log_probabilities_of_their_tokens(model: Any) -> None:
     request = make_request(random_text(9, 7), parameters={"logprobs": 2})
     model.execute([request])
     for response in finished(request):
-        told = response["LOGPROBS"].as_numpy()[0]
-        items = json.loads(told) if told else []
+        logprobs = response["LOGPROBS"].as_numpy()[0]
+        items = json.loads(logprobs) if logprobs else []
         assert len(items) == len(response["TOKEN_IDS"].as_numpy())
         assert all(len(item["top_logprobs"]) == 2 for item in items)
 
 
 def test_images_reach_the_model(model: Any, plain: Pair) -> None:
-    """Other embeddings give other tokens, and the media's times come back."""
+    """Other embeddings produce other tokens, and the usage has the times of the earlier stages."""
     prompt = random_prompt(plain.checkpoint, [GRID], 1)
     answers = []
     for seed in range(2):
@@ -86,19 +86,36 @@ def test_images_reach_the_model(model: Any, plain: Pair) -> None:
     assert answers[0] != answers[1]
 
 
-def test_stop_request(model: Any) -> None:
+def stop_request(request_id: str) -> InferenceRequest:
+    return InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}, request_id)
+
+
+def assert_forgotten(model: Any, request_id: str) -> None:
+    """Stop requests for this id are rejected, soon after the request's last response."""
+    end = time.monotonic() + 5
+    while True:
+        stop = stop_request(request_id)
+        model.execute([stop])
+        (response,) = finished(stop)
+        if response.has_error():
+            assert response.error().message().startswith("INVALID_ARGUMENT: id")
+            return
+        assert time.monotonic() < end, f"{request_id} is still registered as running"
+
+
+def test_a_stop_request_cancels_the_request_with_its_id(model: Any) -> None:
     running = make_request(random_text(5, 1), parameters={"max_tokens": 5000}, request_id="mine")
     model.execute([running])
     while not running.sender.responses:
         time.sleep(0.005)
-    stop = InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}, "mine")
+    stop = stop_request("mine")
     model.execute([stop])
     assert finished(stop)[0]["FINISH_REASON"].as_numpy()[0] == b"cancelled"
     assert finished(running)[-1]["FINISH_REASON"].as_numpy()[0] == b"cancelled"
-    assert not model._running
+    assert_forgotten(model, "mine")
 
 
-def test_gone_caller_is_noticed(model: Any) -> None:
+def test_a_cancelled_stream_is_noticed(model: Any) -> None:
     request = make_request(random_text(5, 2), parameters={"max_tokens": 5000})
     model.execute([request])
     request.cancelled = True
@@ -108,31 +125,37 @@ def test_gone_caller_is_noticed(model: Any) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (make_request([1, 2], parameters={"top_p": 3}), "INVALID_ARGUMENT: top_p"),
-        (make_request([1, 2], parameters={"response_format": "{}"}), "INVALID_ARGUMENT: response_format"),
-        (make_request([]), "INVALID_ARGUMENT: prompt"),
-        (make_request([999_999]), "INVALID_ARGUMENT: prompt"),
-        (make_request([1], cancelled=True), "CANCELLED"),
-        (make_request([1], [bytes_tensor("IMAGE_HASHES", ["x"], (1, 1))]), "INVALID_ARGUMENT: IMAGE_HASHES"),
-        (InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}), "INVALID_ARGUMENT: id"),
-        (InferenceRequest([Tensor("PROMPT_IDS", np.zeros(0, np.int32))], {"STOP": True}, "x"), "INVALID_ARGUMENT: id"),
+        (make_request([1, 2], parameters={"top_p": 3}, request_id="rejected"), "INVALID_ARGUMENT: top_p"),
+        (
+            make_request([1, 2], parameters={"response_format": "{}"}, request_id="rejected"),
+            "INVALID_ARGUMENT: response_format",
+        ),
+        (make_request([], request_id="rejected"), "INVALID_ARGUMENT: prompt"),
+        (make_request([999_999], request_id="rejected"), "INVALID_ARGUMENT: prompt"),
+        (make_request([1], cancelled=True, request_id="rejected"), "CANCELLED"),
+        (
+            make_request([1], [bytes_tensor("IMAGE_HASHES", ["x"], (1, 1))], request_id="rejected"),
+            "INVALID_ARGUMENT: IMAGE_HASHES",
+        ),
+        (stop_request(""), "INVALID_ARGUMENT: id"),
+        (stop_request("rejected"), "INVALID_ARGUMENT: id"),
     ],
 )
-def test_refusals(model: Any, request_: InferenceRequest, message: str) -> None:
+def test_invalid_requests_are_rejected(model: Any, request_: InferenceRequest, message: str) -> None:
     model.execute([request_])
     (response,) = finished(request_)
     assert response.error().message().startswith(message)
-    assert not model._running
+    assert_forgotten(model, "rejected")
 
 
-def test_image_without_embeddings(model: Any, plain: Pair) -> None:
+def test_an_image_without_embeddings_is_rejected(model: Any, plain: Pair) -> None:
     inputs = [Tensor("IMAGE_GRIDS", np.array([[GRID]], np.int32)), bytes_tensor("IMAGE_HASHES", ["x"], (1, 1))]
     request = make_request(random_prompt(plain.checkpoint, [GRID], 1), inputs)
     model.execute([request])
-    assert "embeddings: 0 rows for 8 image tokens" in finished(request)[0].error().message()
+    assert "embeddings must have a row for each of the 8 image tokens (got 0)" in finished(request)[0].error().message()
 
 
-def test_metrics_come_from_one_thread(model: Any) -> None:
+def test_one_thread_updates_the_metrics(model: Any) -> None:
     request = make_request(random_text(20, 3))
     model.execute([request])
     finished(request)

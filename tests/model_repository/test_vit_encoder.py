@@ -1,4 +1,4 @@
-"""The vision adapter through a stand-in for pb_utils: batches of requests, zero images, faults, the cache's metrics."""
+"""The vision adapter with a fake pb_utils: batches, requests without images, errors, metrics of the cache."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from torch.utils.dlpack import from_dlpack
 from autoglm.media.encoder import FEATURE_DTYPE
 from autoglm.media.feature_cache import FeatureCache
 from autoglm.media.image_file import media_hash
-from autoglm.serving.metrics import INTERVAL
+from autoglm.serving.metrics import UPDATE_INTERVAL_S
+from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, patches, smart_resize
 from autoglm.vision.vit import VisionTransformer
 from tests.conftest import Pair
@@ -61,7 +62,7 @@ def embeddings(response: Any) -> torch.Tensor:
 
 
 def test_batch(model: Any, plain: Pair) -> None:
-    """Requests with two, no and one images in one call: each gets its own rows, equal to the ViT's, in bfloat16."""
+    """Requests with two, no and one images in one call: each gets its rows of the ViT's output, in bfloat16."""
     images = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
     files = [encode(image) for image in images]
     requests = [
@@ -77,23 +78,31 @@ def test_batch(model: Any, plain: Pair) -> None:
         size = smart_resize(image.height, image.width, limits)
         expected.append(vit(torch.from_numpy(patches(image, size, limits)), [grid_of(size, limits)]))
     assert embeddings(responses[1]).shape == (1, 0, plain.checkpoint.text.hidden_size)
-    for response, wanted in ((responses[0], torch.cat(expected[:2])), (responses[2], expected[2])):
+    for response, rows in ((responses[0], torch.cat(expected[:2])), (responses[2], expected[2])):
         got = embeddings(response)
         assert got.dtype == FEATURE_DTYPE
-        assert got.shape == (1, *wanted.shape)
-        assert (got[0].float() - wanted).abs().max() <= 0.01 * wanted.abs().max()
+        assert got.shape == (1, *rows.shape)
+        assert (got[0].float() - rows).abs().max() <= 0.01 * rows.abs().max()
         assert response["VISION_MS"].as_numpy().shape == (1, 1)
 
 
-def test_small_passes_give_the_same(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_passes_of_a_request_do_not_affect_its_embeddings(
+    model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass per image gives exactly the embeddings of one request per image, and those of one pass but for rounding,
+    which depends on the shapes of the matrix products."""
     files = [encode(picture(*size)) for size in SIZES]
+    monkeypatch.setattr(model.encoder, "cache", FeatureCache(torch.device("cpu"), 0))
     whole = embeddings(answer(model, [make_request(plain, files, SIZES)])[0])
     monkeypatch.setattr(model.encoder, "max_patches", 1)
-    monkeypatch.setattr(model.encoder, "cache", FeatureCache(torch.device("cpu"), 0))
-    assert torch.equal(embeddings(answer(model, [make_request(plain, files, SIZES)])[0]), whole)
+    split = embeddings(answer(model, [make_request(plain, files, SIZES)])[0])
+    requests = [make_request(plain, [file], [size]) for file, size in zip(files, SIZES, strict=True)]
+    alone = [embeddings(response) for request in requests for response in answer(model, [request])]
+    assert torch.equal(split, torch.cat(alone, dim=1))
+    torch.testing.assert_close(split, whole, rtol=2**-7, atol=1e-5)  # one bfloat16 step
 
 
-def test_a_fault_in_the_middle_leaves_no_request_without_an_answer(
+def test_an_error_in_the_middle_leaves_no_request_without_a_response(
     model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def embed_one(requests: list[Any]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -106,7 +115,7 @@ def test_a_fault_in_the_middle_leaves_no_request_without_an_answer(
     assert all("internal error (OutOfMemoryError)" in response.error().message() for response in (first, third))
 
 
-def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
+def test_errors_do_not_affect_other_requests(model: Any, plain: Pair) -> None:
     good = encode(picture(*SIZES[0]))
     requests = [
         make_request(plain, [good], SIZES[:1]),
@@ -122,13 +131,14 @@ def test_faults_are_each_requests_own(model: Any, plain: Pair) -> None:
     assert "IMAGE_GRIDS" in responses[3].error().message()
 
 
-def test_a_failing_pass_is_answered(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_is_reported(model: Any, plain: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model.encoder, "_features", fail)
+    monkeypatch.setattr(VisionEncoder, "vit", property(fail))
     response = answer(model, [make_request(plain, [encode(picture(*SIZES[0], seed=99))], SIZES[:1])])[0]
-    assert response.error().message() == "INTERNAL: IMAGES[0]: the vision encoder failed: out of memory"
+    message = "INTERNAL: IMAGES[0] could not be encoded: the vision encoder failed (RuntimeError)"
+    assert response.error().message() == message
 
 
 def test_metrics_of_the_cache(model: Any, plain: Pair) -> None:
@@ -140,7 +150,7 @@ def test_metrics_of_the_cache(model: Any, plain: Pair) -> None:
     assert torch.equal(twice, torch.cat((once, once), dim=1))
     stats = model.encoder.cache.stats
     assert (stats.hits - before["hits"], stats.misses - before["misses"]) == (2, 1)
-    time.sleep(2 * INTERVAL)
+    time.sleep(2 * UPDATE_INTERVAL_S)
     metrics = {name: family.metrics[0] for name, family in MetricFamily.families.items()}
     assert metrics["autoglm_vision_cache_hits_total"].value() == stats.hits
     assert metrics["autoglm_vision_cache_misses_total"].value() == stats.misses

@@ -1,4 +1,4 @@
-"""The library's models against transformers, in fp32, on random checkpoints of several shapes."""
+"""The models against transformers, on random checkpoints of several shapes."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 
 
 class DenseAttention:
-    """One sequence that sees itself, nothing kept."""
+    """Causal attention of one whole sequence, without a cache."""
 
     def __init__(self, model: LanguageModel, positions: torch.Tensor) -> None:
-        self.angles = gather_angles(model.rotary, positions)
+        self.angles = gather_angles(model.attention_config, positions)
         self.heads = model.config.num_attention_heads, *[model.config.num_key_value_heads] * 2
         self.size = model.config.head_dim
 
@@ -31,7 +31,7 @@ class DenseAttention:
 
 
 @pytest.mark.parametrize("images", ["one", "two", "three"])
-def test_vit(pair: Pair, images: str) -> None:
+def test_vision_embeddings(pair: Pair, images: str) -> None:
     vit = VisionTransformer.load(pair.checkpoint, CPU, torch.float32)
     patches = random_pixels(GRIDS[images], 1)
     expected = pair.reference.model.visual(patches, grid_thw=torch.tensor(GRIDS[images])).pooler_output
@@ -45,9 +45,9 @@ def test_positions_and_logits(pair: Pair, images: str) -> None:
     token_ids = torch.tensor([ids])
     media = (token_ids == checkpoint.image_token_id).int()
     grid_tensor = torch.tensor(grids) if grids else None
-    wanted, delta = pair.reference.model.get_rope_index(token_ids, media, grid_tensor)
+    expected_positions, delta = pair.reference.model.get_rope_index(token_ids, media, grid_tensor)
     positions, following = prompt_positions(ids, grids, checkpoint.image_token_id, 2)
-    assert torch.equal(positions, wanted[:, 0].int())
+    assert torch.equal(positions, expected_positions[:, 0].int())
     assert following == len(ids) + int(delta)
 
     patches = random_pixels(grids, 3) if grids else None
@@ -62,16 +62,16 @@ def test_positions_and_logits(pair: Pair, images: str) -> None:
     assert (logits - expected).abs().max() < 1e-4
 
 
-def test_bf16_argmax(pair: Pair) -> None:
-    """In bf16 the choice is the same wherever fp32's margin is larger than what bf16 itself moves the logits."""
+def test_bfloat16_chooses_the_same_tokens(pair: Pair) -> None:
+    """Wherever the margin in fp32 is larger than the error of bfloat16."""
     ids = torch.tensor([random_prompt(pair.checkpoint, [], 4, before=60)])
-    exact = pair.reference(input_ids=ids).logits[0]
+    expected = pair.reference(input_ids=ids).logits[0]
     positions, _ = prompt_positions(ids[0].tolist(), [], pair.checkpoint.image_token_id, 2)
     model = load_language_model(pair.checkpoint, CPU, torch.bfloat16)
-    rounded = model.logits(model(model.embed(ids[0]), DenseAttention(model, positions))).float()
-    noise = (rounded - exact).abs().amax(-1)
-    top = exact.topk(2, dim=-1).values
+    logits = model.logits(model(model.embed(ids[0]), DenseAttention(model, positions))).float()
+    noise = (logits - expected).abs().amax(-1)
+    top = expected.topk(2, dim=-1).values
     clear = top[:, 0] - top[:, 1] > 2 * noise
     assert clear.sum() >= 10
-    assert torch.equal(rounded.argmax(-1)[clear], exact.argmax(-1)[clear])
-    assert noise.max() < 0.1 * exact.abs().max()
+    assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
+    assert noise.max() < 0.1 * expected.abs().max()

@@ -1,7 +1,8 @@
-"""Rendering chats, compared with transformers' own `apply_chat_template` on the same template and tokenizer."""
+"""Rendering of chats, compared with transformers' `apply_chat_template` for the same template and tokenizer."""
 
 import io
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,12 @@ from autoglm.audio.speech import Speech
 from autoglm.checkpoint import Checkpoint, ImageLimits, TextConfig, VisionConfig
 from autoglm.config import ConfigError, LimitsConfig
 from autoglm.errors import ErrorCode, RequestError
-from autoglm.preprocess.chat import MARKS, ChatRenderer, Prompt
-from autoglm.preprocess.messages import read_messages, read_prompt
+from autoglm.preprocess.chat import MARKS, ChatRenderer, RenderedPrompt
+from autoglm.preprocess.messages import read_messages, read_user_prompt
 from tests.audio.speech_checkpoints import sound_file, tone, write_encoder, write_projector
 from tests.checkpoints import TEMPLATE, make_tokenizer
 
-# Uses what GLM-4.6V's template uses: newlines between parts, macros, namespaces, filters, string methods, tool turns.
+# The features of GLM-4.6V's template: newlines between parts, macros, namespaces, filters, string methods, tool turns.
 TOOL_TEMPLATE = """\
 [gMASK]<sop>
 {%- if tools is not none %}{{ raise_exception('no tools') }}{% endif %}
@@ -88,26 +89,33 @@ def make_renderer() -> Callable[..., ChatRenderer]:
     def make(template: str = TEMPLATE, max_context: int = 4096, **options: Any) -> ChatRenderer:
         checkpoint = Checkpoint(
             path=Path("."),
-            text=TextConfig(384, 128, 256, 2, 4, 2, 1e-5, 8192, 1e4, 16, (2, 3, 3)),
-            vision=VisionConfig(2, 64, 4, 128, 256),
+            text=TextConfig(
+                vocab_size=384, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=8192, rope_theta=1e4, rotary_dim=16,
+                mrope_section=(2, 3, 3),
+            ),
+            vision=VisionConfig(depth=2, hidden_size=64, num_heads=4, out_hidden_size=128, intermediate_size=256),
             image_token_id=IDS["<|image|>"],
             image_start_token_id=IDS["<|begin_of_image|>"],
             image_end_token_id=IDS["<|end_of_image|>"],
             eos_token_ids=(IDS["<|user|>"],),
-            image_limits=ImageLimits(12544, 9633792, 14, 2, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            image_limits=ImageLimits(
+                min_pixels=12544, max_pixels=9633792, patch_size=14, temporal_patch_size=2, merge_size=2,
+                mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+            ),
             chat_template=template,
-        )
+        )  # fmt: skip
         tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
-        tokenizer.enable_truncation(5)  # as a saved tokenizer.json may have it
+        tokenizer.enable_truncation(5)  # may be set in a saved tokenizer.json
         tokenizer.enable_padding(length=64)
-        return ChatRenderer(checkpoint, tokenizer, LimitsConfig(), max_context, **options)
+        return ChatRenderer(checkpoint, tokenizer, LimitsConfig(), max_context=max_context, **options)
 
     return make
 
 
-def render(renderer: ChatRenderer, chat: list[dict[str, Any]], files: list[bytes] | None = None) -> Prompt:
+def render(renderer: ChatRenderer, chat: list[dict[str, Any]], files: list[bytes] | None = None) -> RenderedPrompt:
     source = json.dumps(chat).encode()
-    return renderer.render(read_messages(source, files or [], renderer.limits, renderer.roles))
+    return renderer.render(read_messages(source, files or [], renderer.limits, roles=renderer.roles))
 
 
 def files_of(chat: list[dict[str, Any]]) -> list[bytes]:
@@ -116,7 +124,7 @@ def files_of(chat: list[dict[str, Any]]) -> list[bytes]:
 
 
 def reference(chat: list[dict[str, Any]], template: str, tokens: list[int]) -> list[int]:
-    """What transformers makes of a chat; images are expanded in the text, as its processor does it."""
+    """A chat rendered by transformers, its images expanded in the text like by its processor."""
     plain = Tokenizer.from_str(TOKENIZER.to_str())
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=plain)  # type: ignore[no-untyped-call]
     rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
@@ -144,7 +152,7 @@ def as_strings(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plain_roles(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Text parts of other roles than user as one string, which the templates print as it is."""
+    """The chat with the text parts of roles other than user joined to one string."""
     return [
         turn(m["role"], "".join(part["text"] for part in m["content"]))
         if m["role"] != "user" and isinstance(m["content"], list)
@@ -161,7 +169,7 @@ def test_the_list_format_equals_transformers(
     files = files_of(chat)
     prompt = render(make_renderer(template, content_format="list"), chat, files)
     assert prompt.token_ids == reference(plain_roles(chat), template, TOKENS[: len(files)])
-    assert prompt.image_tokens == sum(TOKENS[: len(files)])
+    assert prompt.num_image_tokens == sum(TOKENS[: len(files)])
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, TOOL_TEMPLATE], ids=["plain", "tools"])
@@ -185,18 +193,18 @@ def test_known_renderings(make_renderer: Callable[..., ChatRenderer]) -> None:
 
 def test_a_prompt_renders_as_the_same_user_turn(make_renderer: Callable[..., ChatRenderer]) -> None:
     renderer = make_renderer()
-    prompt = renderer.render(read_prompt(b"compare", FILES[:2], renderer.limits))
+    prompt = renderer.render(read_user_prompt(b"compare", FILES[:2], renderer.limits))
     assert prompt == render(renderer, [turn("user", [SCREEN, SCREEN, text("compare")])], FILES[:2])
 
 
-def test_images_carry_grid_hash_and_name(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_images_have_grid_hash_and_name(make_renderer: Callable[..., ChatRenderer]) -> None:
     prompt = render(make_renderer(), [turn("user", [SCREEN, SCREEN, text("x")])], [FILES[0], FILES[0]])
     first, second = prompt.images
     assert (first.grid, first.data, first.name, second.name) == ((1, 12, 6), FILES[0], "IMAGES[0]", "IMAGES[1]")
-    assert first.hash == second.hash
-    with pytest.raises(RequestError, match=r"IMAGES\[1\]: got a file that begins with b'text'"):
+    assert first.media_hash == second.media_hash
+    with pytest.raises(RequestError, match=r"IMAGES\[1\] must be a PNG, .* that begins with 74 65 78 74\)"):
         render(make_renderer(), [turn("user", [SCREEN, SCREEN])], [FILES[0], b"text"])
-    with pytest.raises(RequestError, match=r"IMAGES\[0\]: got an aspect ratio of 300"):
+    with pytest.raises(RequestError, match=r"IMAGES\[0\] must be an image with an aspect ratio of .* \(got 300\)"):
         render(make_renderer(), [turn("user", [SCREEN])], [image(9000, 30)])
 
 
@@ -223,7 +231,7 @@ def test_control_tokens_in_a_text_stay_text(
         assert decoded == TOKENIZER.decode(calm.token_ids, skip_special_tokens=False).replace("calm", words)
 
 
-def test_two_parts_cannot_spell_a_control_token_together(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_adjacent_texts_cannot_form_a_control_token(make_renderer: Callable[..., ChatRenderer]) -> None:
     renderer = make_renderer(content_format="list")
     prompt = render(renderer, [turn("user", [text("<|us"), text("er|> x")])])
     assert prompt.token_ids.count(IDS["<|user|>"]) == 1
@@ -236,13 +244,13 @@ def test_answer_tags_in_the_history_are_tokens(make_renderer: Callable[..., Chat
     assert counts == {"<think>": 2, "</think>": 2, "<answer>": 2, "</answer>": 1}
 
 
-def test_a_text_with_every_mark_is_refused(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_a_text_with_every_noncharacter_is_rejected(make_renderer: Callable[..., ChatRenderer]) -> None:
     with pytest.raises(RequestError, match="noncharacters"):
         render(make_renderer(), [turn("user", "".join(MARKS))])
     assert render(make_renderer(), [turn("user", "".join(MARKS[:-2]))])
 
 
-def test_the_context_bounds_the_prompt(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_the_context_limits_the_prompt(make_renderer: Callable[..., ChatRenderer]) -> None:
     chat = [turn("user", [SCREEN, text("open settings")])]
     count = len(render(make_renderer(), chat, FILES[:1]).token_ids)
     assert len(render(make_renderer(max_context=count + 1), chat, FILES[:1]).token_ids) == count
@@ -250,75 +258,85 @@ def test_the_context_bounds_the_prompt(make_renderer: Callable[..., ChatRenderer
         render(make_renderer(max_context=count), chat, FILES[:1])
     assert caught.value.code is ErrorCode.INVALID_ARGUMENT
     assert caught.value.message == (
-        f"prompt: got {count} tokens ({TOKENS[0]} of them for 1 images); allowed: at most {count - 1}, "
-        f"one less than the context of {count}"
+        f"prompt must be at most {count - 1} tokens, one less than the context of {count} "
+        f"(got {count} tokens, {TOKENS[0]} of them for 1 images)"
     )
-    with pytest.raises(RequestError, match=r"prompt: got a text of 100000 bytes; allowed: at most 999 tokens"):
+    with pytest.raises(RequestError, match=r"prompt must be at most 999 tokens, .* \(got a text of 100000 bytes\)"):
         render(make_renderer(max_context=1000), [turn("user", "x" * 100_000)])
 
 
-def test_a_template_may_refuse_a_chat_or_lose_an_image(make_renderer: Callable[..., ChatRenderer]) -> None:
-    refusing = make_renderer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(RequestError, match=r"prompt: .*template refuses it: 'roles must alternate'"):
-        render(refusing, [turn("user", "x")])
-    losing = make_renderer("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", content_format="list")
-    with pytest.raises(RequestError, match="prompt: got 1 images; allowed: the 0 that the chat template shows"):
-        render(losing, [turn("user", [text("x"), SCREEN])], FILES[:1])
+def test_a_template_may_reject_a_chat_or_omit_an_image(make_renderer: Callable[..., ChatRenderer]) -> None:
+    rejecting = make_renderer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError) as caught:
+        render(rejecting, [turn("user", "x")])
+    assert caught.value.message == "prompt is rejected by the checkpoint's chat template: 'roles must alternate'"
+    omitting = make_renderer("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", content_format="list")
+    with pytest.raises(RequestError, match="prompt has 1 images, but the checkpoint's chat template renders 0"):
+        render(omitting, [turn("user", [text("x"), SCREEN])], FILES[:1])
 
 
-def test_a_template_runs_in_a_sandbox(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_a_template_runs_in_a_sandbox(
+    make_renderer: Callable[..., ChatRenderer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller does not see the message of jinja2, the log does."""
     for template in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
-        with pytest.raises(RequestError, match="unsafe"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO), pytest.raises(RequestError) as caught:
             render(make_renderer(template), [turn("user", "x")])
+        assert caught.value.message == "prompt cannot be rendered by the checkpoint's chat template"
+        assert "unsafe" in caplog.text
 
 
-def test_tool_turns_only_where_the_template_has_them(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_tool_turns_are_accepted_if_the_template_has_them(make_renderer: Callable[..., ChatRenderer]) -> None:
     chat = [turn("user", "x"), turn("tool", "好 <a>")]
     prompt = render(make_renderer(TOOL_TEMPLATE), chat)
     assert '<|observation|>"好 <a>"' in TOKENIZER.decode(prompt.token_ids, skip_special_tokens=False)
-    with pytest.raises(RequestError, match=r"MESSAGES\[1\].role: got 'tool'"):
+    with pytest.raises(RequestError, match=r"MESSAGES\[1\].role must be one of .* \(got 'tool'\)"):
         render(make_renderer(), chat)
 
 
-def test_image_ids_without_tokens_are_a_fault_of_the_checkpoint(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_image_token_ids_without_tokens_are_an_error_of_the_checkpoint(
+    make_renderer: Callable[..., ChatRenderer],
+) -> None:
     checkpoint = make_renderer().checkpoint
     broken = Checkpoint(**{**checkpoint.__dict__, "image_token_id": 10**6})
     with pytest.raises(ValueError, match="1000000"):
-        ChatRenderer(broken, Tokenizer.from_str(TOKENIZER.to_str()), LimitsConfig(), 100)
+        ChatRenderer(broken, Tokenizer.from_str(TOKENIZER.to_str()), LimitsConfig(), max_context=100)
 
 
-def test_sound_stands_where_a_text_would(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
+def test_a_clip_takes_the_place_of_a_text(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
     speech = Speech.open(write_encoder(tmp_path / "a", "group"), write_projector(tmp_path / "b", 128), 128)
-    sound, clip = sound_file(tone(0.5)), {"type": "audio"}
-    words = "@@"  # what takes the clip's place in the chat that it is compared with
+    data, clip = sound_file(tone(0.5)), {"type": "audio"}
+    words = "@@"  # replaces the clip in the chat to compare with
     chat = [turn("system", "be short"), turn("user", [text("a"), clip, SCREEN, text("<|user|>"), clip])]
     typed = [turn("system", "be short"), turn("user", [text("a"), text(words), SCREEN, text("<|user|>"), text(words)])]
     for content_format in ("string", "list"):
         renderer = make_renderer(speech=speech, content_format=content_format)
-        read = read_messages(json.dumps(chat).encode(), FILES[:1], renderer.limits, renderer.roles, [sound] * 2)
+        source = json.dumps(chat).encode()
+        read = read_messages(source, FILES[:1], renderer.limits, roles=renderer.roles, clips=[data] * 2)
         modes: dict[Literal["transcript", "bridge"], int] = {"transcript": 1, "bridge": 5}
         for mode, count in modes.items():
             prompt = renderer.render(read, audio_mode=mode)
             ids, placeholder = prompt.token_ids, renderer.checkpoint.audio_token_id
             assert ids.count(placeholder) == 2 * count
-            assert [clip.tokens for clip in prompt.clips] == [0 if mode == "transcript" else 5] * 2
+            assert [clip.num_tokens for clip in prompt.clips] == [0 if mode == "transcript" else 5] * 2
             found = "".join(renderer.tokenizer.decode([i], skip_special_tokens=False) for i in ids if i != placeholder)
             expected = render(renderer, typed, FILES[:1]).token_ids
             shown = "".join(renderer.tokenizer.decode([i], skip_special_tokens=False) for i in expected)
             assert found == shown.replace(words, "")
 
 
-def test_speech_needs_a_free_id(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
+def test_audio_needs_a_free_token_id(make_renderer: Callable[..., ChatRenderer], tmp_path: Path) -> None:
     speech = Speech.open(write_encoder(tmp_path, "group"), None, 128)
     checkpoint = make_renderer().checkpoint
     full = replace(checkpoint, text=replace(checkpoint.text, vocab_size=len(IDS)))
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
-    ChatRenderer(full, tokenizer, LimitsConfig(), 4096)
-    with pytest.raises(ConfigError, match="speech needs an id beyond the tokenizer's"):
-        ChatRenderer(full, tokenizer, LimitsConfig(), 4096, speech=speech)
+    ChatRenderer(full, tokenizer, LimitsConfig(), max_context=4096)
+    with pytest.raises(ConfigError, match="AUTOGLM_SPEECH cannot be used with this checkpoint"):
+        ChatRenderer(full, tokenizer, LimitsConfig(), max_context=4096, speech=speech)
 
 
-def test_a_deaf_renderer_refuses_sound(make_renderer: Callable[..., ChatRenderer]) -> None:
+def test_audio_is_rejected_without_a_speech_encoder(make_renderer: Callable[..., ChatRenderer]) -> None:
     renderer = make_renderer()
-    with pytest.raises(RequestError, match="AUDIO: this server has no speech encoder"):
-        renderer.render(read_prompt(b"hi", [], renderer.limits, [b"RIFF"]))
+    with pytest.raises(RequestError, match="AUDIO must not contain clips: this server has no speech encoder"):
+        renderer.render(read_user_prompt(b"hi", [], renderer.limits, clips=[b"RIFF"]))

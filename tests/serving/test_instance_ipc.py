@@ -1,3 +1,5 @@
+"""Messages between instances of a model, with real sockets."""
+
 import os
 import socket
 import time
@@ -6,21 +8,20 @@ from uuid import uuid4
 
 import pytest
 
-from autoglm.serving import instance_ipc as siblings
-from autoglm.serving.instance_ipc import Siblings
+from autoglm.serving.instance_ipc import UNIX_SOCKETS, InstanceIPC
 
 
 class Instance:
-    """What has been asked of it, and what it could do: whatever has its name in it."""
+    """Records the messages it receives, and handles those that contain its name."""
 
     def __init__(self, model: str, name: str) -> None:
         self.name = name
-        self.asked: list[str] = []
-        self.siblings = Siblings(model, name, self.handle)
+        self.received: list[str] = []
+        self.ipc = InstanceIPC(model, name, self.handle)
 
     def handle(self, message: str) -> bool:
-        self.asked.append(message)
-        if message == "fault":
+        self.received.append(message)
+        if message == "fail":
             raise RuntimeError(message)
         return self.name in message
 
@@ -32,48 +33,49 @@ def model() -> str:
 
 @pytest.fixture
 def instances(model: str) -> Iterator[list[Instance]]:
-    made = [Instance(model, name) for name in ("a", "b", "c")]
-    yield made
-    for instance in made:
-        instance.siblings.close()
+    created = [Instance(model, name) for name in ("a", "b", "c")]
+    yield created
+    for instance in created:
+        instance.ipc.close()
 
 
-def test_all_others_are_asked_and_one_can(instances: list[Instance]) -> None:
+def test_broadcast_reaches_all_other_instances(instances: list[Instance]) -> None:
     a, b, c = instances
-    assert a.siblings.ask("for c")
-    assert not a.siblings.ask("for a")
-    assert not a.siblings.ask("")
-    assert a.asked == []
-    assert b.asked == c.asked == ["for c", "for a", ""]
+    assert a.ipc.broadcast("for c")
+    assert not a.ipc.broadcast("for a")
+    assert not a.ipc.broadcast("")
+    assert a.received == []
+    assert b.received == c.received == ["for c", "for a", ""]
     for i in range(50):
-        assert b.siblings.ask(f"{i} for a") and not b.siblings.ask(f"{i}")
+        assert b.ipc.broadcast(f"{i} for a") and not b.ipc.broadcast(f"{i}")
 
 
-def test_nobody_there(instances: list[Instance], model: str) -> None:
+def test_broadcast_without_other_instances(instances: list[Instance], model: str) -> None:
     alone = Instance(f"{model}x", "a")
-    assert not alone.siblings.ask("b")
-    alone.siblings.close()
-    assert not instances[0].siblings.ask("for d")
+    assert not alone.ipc.broadcast("b")
+    alone.ipc.close()
+    assert not instances[0].ipc.broadcast("for d")
     for instance in instances[1:]:
-        instance.siblings.close()
-    assert not instances[0].siblings.ask("b")
-    instances[1:] = [Instance(model, "b")]  # a name is free again
-    assert instances[0].siblings.ask("b")
+        instance.ipc.close()
+    assert not instances[0].ipc.broadcast("b")
+    instances[1:] = [Instance(model, "b")]  # the name can be reused
+    assert instances[0].ipc.broadcast("b")
 
 
-def test_what_fails_fails_alone(instances: list[Instance]) -> None:
-    a, b, _ = instances
-    assert not a.siblings.ask("fault")
+def test_failing_and_silent_instances_do_not_affect_others(instances: list[Instance], model: str) -> None:
+    a, _, _ = instances
+    assert not a.ipc.broadcast("fail")
+    (name,) = {line.rpartition(" @")[2] for line in UNIX_SOCKETS.read_text().splitlines() if f"{model}/b" in line}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.connect(f"\0{b.siblings._name}")
+        silent.connect(f"\0{name}")
         began = time.monotonic()
-        a.siblings.ask("b")
+        a.ipc.broadcast("b")
         assert time.monotonic() - began < 1
-    assert a.siblings.ask("b")
+    assert a.ipc.broadcast("b")
 
 
-def test_other_users_are_not_heard(instances: list[Instance], monkeypatch: pytest.MonkeyPatch) -> None:
-    own = os.getuid()
-    monkeypatch.setattr(siblings, "_user", lambda _: own + 1)
-    assert not instances[0].siblings.ask("b")
-    assert instances[1].asked == []
+def test_other_users_are_ignored(instances: list[Instance], monkeypatch: pytest.MonkeyPatch) -> None:
+    user_id = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user_id + 1)
+    assert not instances[0].ipc.broadcast("b")
+    assert instances[1].received == []

@@ -1,4 +1,4 @@
-"""The encoder around the ViT: what is decoded and encoded, how often, when weights are read, whose a fault is."""
+"""The encoder around the ViT: decoding, caching, passes, loading of weights, and isolation of errors."""
 
 import gc
 import threading
@@ -16,7 +16,7 @@ from autoglm.config import LimitsConfig, VisionSection
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.media.image_file import ImageFile, decode_image, media_hash
 from autoglm.vision import encoder as encoder_module
-from autoglm.vision import loader as loading_module
+from autoglm.vision import loader as loader_module
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.vision.image_processor import grid_of, smart_resize
 from autoglm.vision.vit import VisionTransformer
@@ -29,7 +29,7 @@ SIZE = (60, 90)
 
 
 class Counting:
-    """Counts the calls of a function that it stands in for."""
+    """Replaces a function and records its calls."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -77,18 +77,18 @@ def features(result: torch.Tensor | RequestError) -> torch.Tensor:
     return result
 
 
-def fault(result: torch.Tensor | RequestError) -> str:
+def error_message(result: torch.Tensor | RequestError) -> str:
     assert isinstance(result, RequestError)
     return result.message
 
 
-def test_a_known_image_is_not_decoded(make_encoder: Any, image: Any, decoded: Counting) -> None:
+def test_a_cached_image_is_not_decoded(make_encoder: Any, image: Any, decoded: Counting) -> None:
     encoder = make_encoder()
     first = features(encoder.encode([[image(1)]])[0])
     again = features(encoder.encode([[image(1, index=3)]])[0])
     assert torch.equal(first, again)
     assert len(decoded.calls) == 1
-    again.zero_()  # what is handed out is the caller's own
+    again.zero_()  # results are copies
     assert torch.equal(features(encoder.encode([[image(1)]])[0]), first)
 
 
@@ -101,7 +101,7 @@ def test_the_same_image_in_one_batch_is_encoded_once(make_encoder: Any, image: A
     assert torch.equal(results[2][-rows:], results[1])
 
 
-def test_the_same_image_in_batches_at_the_same_time_is_encoded_once(
+def test_the_same_image_in_concurrent_batches_is_encoded_once(
     make_encoder: Any, image: Any, decoded: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = make_encoder(feature_cache_mb=0)
@@ -125,8 +125,8 @@ def test_the_same_image_in_batches_at_the_same_time_is_encoded_once(
     assert len(decoded.calls) == 1
 
 
-def test_batches_of_several_threads_do_not_disturb_each_other(make_encoder: Any, image: Any) -> None:
-    """The same few images again and again, none of them kept."""
+def test_concurrent_batches_do_not_affect_each_other(make_encoder: Any, image: Any) -> None:
+    """A few images many times, without a cache."""
     encoder = make_encoder(feature_cache_mb=0)
     wanted = [features(encoder.encode([[image(seed)]])[0]) for seed in range(3)]
     with ThreadPoolExecutor(4) as threads:
@@ -139,25 +139,25 @@ def test_another_grid_is_another_image(make_encoder: Any, image: Any, decoded: C
     encoder = make_encoder()
     whole = image(1)
     grid = (1, whole.grid[1] // 2, whole.grid[2])
-    half = replace(whole, grid=grid, hash=media_hash(whole.data, grid))
+    half = replace(whole, grid=grid, media_hash=media_hash(whole.data, grid))
     results = encoder.encode([[whole], [half]])
     assert len(features(results[0])) == 2 * len(features(results[1]))
     assert len(decoded.calls) == 2
 
 
-def test_a_shared_fault_names_each_requests_image_and_is_not_kept(make_encoder: Any, image: Any) -> None:
+def test_a_shared_error_names_the_image_of_each_request_and_is_not_cached(make_encoder: Any, image: Any) -> None:
     encoder = make_encoder()
     broken = encode(picture(*SIZE))[:300]
     results = encoder.encode([[image(1), image(data=broken, index=1)], [image(data=broken)], [image(1)]])
-    assert fault(results[0]).startswith("IMAGES[1]: got a truncated PNG")
-    assert fault(results[1]).startswith("IMAGES[0]: got a truncated PNG")
+    assert error_message(results[0]) == "IMAGES[1] is a truncated PNG file"
+    assert error_message(results[1]) == "IMAGES[0] is a truncated PNG file"
     features(results[2])
     assert encoder.cache.stats.entries == 1
 
 
 @pytest.mark.parametrize("data", [None, encode(picture(*SIZE))[:300]], ids=["good", "broken"])
-def test_nothing_of_a_request_stays(make_encoder: Any, image: Any, data: bytes | None) -> None:
-    """Neither the file nor an error's frames wait for the collector of cycles: files are large, and errors many."""
+def test_a_request_is_freed_without_the_garbage_collector(make_encoder: Any, image: Any, data: bytes | None) -> None:
+    """Neither files nor the frames of errors are in reference cycles."""
     encoder = make_encoder()
     gc.disable()
     try:
@@ -166,50 +166,50 @@ def test_nothing_of_a_request_stays(make_encoder: Any, image: Any, data: bytes |
         results = encoder.encode([[file], [file]])
         assert isinstance(results[0], torch.Tensor if data is None else RequestError)
         del file, results
-        encoder.encode([[image(8)]] * 4)  # its threads forget their last task when they take another
+        encoder.encode([[image(8)]] * 4)  # a thread drops its last task when it takes another
         assert gone() is None
     finally:
         gc.enable()
 
 
-def test_a_lying_hash_puts_nothing_into_the_cache(make_encoder: Any, image: Any) -> None:
+def test_a_wrong_hash_does_not_poison_the_cache(make_encoder: Any, image: Any) -> None:
     encoder = make_encoder()
-    (result,) = encoder.encode([[replace(image(1), hash=image(2).hash)]])
-    assert "IMAGES[0]: got a hash that is not this file's" in fault(result)
-    honest = features(encoder.encode([[image(2)]])[0])
-    assert torch.equal(honest, features(make_encoder().encode([[image(2)]])[0]))
+    (result,) = encoder.encode([[replace(image(1), media_hash=image(2).media_hash)]])
+    assert error_message(result).startswith("IMAGES[0] must be sent with the hash that preprocess computes for it")
+    correct = features(encoder.encode([[image(2)]])[0])
+    assert torch.equal(correct, features(make_encoder().encode([[image(2)]])[0]))
 
 
 @pytest.mark.parametrize("grid", [(1, 7, 6), (1, 8, 0), (2, 8, 6), (1, -8, -6), (1, 2, 10**6)])
-def test_a_grid_that_no_image_has(make_encoder: Any, image: Any, grid: tuple[int, int, int]) -> None:
+def test_an_impossible_grid_is_rejected(make_encoder: Any, image: Any, grid: tuple[int, int, int]) -> None:
     file = image(1)
-    wrong = replace(file, grid=grid, hash=media_hash(file.data, grid))
-    refused, honest = make_encoder().encode([[wrong], [file]])
-    assert fault(refused).startswith("IMAGES[0]: got a grid of {} x {} x {} patches; allowed: 1 x".format(*grid))
-    features(honest)
+    wrong = replace(file, grid=grid, media_hash=media_hash(file.data, grid))
+    rejected, accepted = make_encoder().encode([[wrong], [file]])
+    assert error_message(rejected).startswith("IMAGES[0] must be sent with a grid of 1 x multiples of 2, at most ")
+    assert error_message(rejected).endswith("patches (got {} x {} x {})".format(*grid))
+    features(accepted)
 
 
-def test_a_failing_pass_ends_no_other(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_does_not_affect_others(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_encoder(max_patches_per_pass=1)
     original = encoder._features
     bad = image(1, index=1)
 
     def fail(group: Any) -> Any:
-        if group[0].key.endswith(bad.hash):
+        if group[0].key.endswith(bad.media_hash):
             raise RuntimeError("out of memory")
         return original(group)
 
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "_features", fail)
         results = encoder.encode([[image(0), bad], [image(2)]])
-    assert fault(results[0]) == "IMAGES[1]: the vision encoder failed: out of memory"
+    assert error_message(results[0]) == "IMAGES[1] could not be encoded: the vision encoder failed (RuntimeError)"
     assert isinstance(results[0], RequestError) and results[0].code is ErrorCode.INTERNAL
     features(results[1])
     features(encoder.encode([[bad]])[0])
 
 
-def test_decoding_runs_ahead_by_a_bounded_number(make_encoder: Any, image: Any, decoded: Counting) -> None:
-    """While a pass is filled or runs, no more images than that wait in memory."""
+def test_decoding_runs_ahead_by_a_bounded_number_of_images(make_encoder: Any, image: Any, decoded: Counting) -> None:
     encoder = make_encoder(decode_threads=2, max_patches_per_pass=1)
     taken = []
     for group in encoder._passes(encoder._decoded([image(seed) for seed in range(20)])):
@@ -220,7 +220,7 @@ def test_decoding_runs_ahead_by_a_bounded_number(make_encoder: Any, image: Any, 
 
 @pytest.mark.parametrize("loading", ["lazy", "preload"])
 def test_when_weights_are_read(make_encoder: Any, image: Any, loading: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Counting(loading_module.load)
+    load = Counting(loader_module.load)
     monkeypatch.setattr("autoglm.vision.encoder.load", load)
     encoder = make_encoder(loading=loading)
     encoder.encode([[], []])
@@ -231,9 +231,7 @@ def test_when_weights_are_read(make_encoder: Any, image: Any, loading: str, monk
     assert len(load.calls) == 1
 
 
-def test_weights_that_cannot_be_read_are_tried_again(
-    make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_is_retried_after_a_failure(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make_encoder(loading="lazy")
 
     def fail(*_: object) -> None:
@@ -241,7 +239,8 @@ def test_weights_that_cannot_be_read_are_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("autoglm.vision.encoder.load", fail)
-        assert fault(encoder.encode([[image(1)]])[0]) == "IMAGES[0]: the vision encoder failed: disk"
+        message = "IMAGES[0] could not be encoded: the vision encoder failed (OSError)"
+        assert error_message(encoder.encode([[image(1)]])[0]) == message
     features(encoder.encode([[image(1)]])[0])
 
 
@@ -265,7 +264,9 @@ def test_int8_weights_come_from_the_cache_the_second_time(
         encoder.close()
 
 
-def test_resized_by_the_device_it_is_the_same(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resizing_on_the_device_gives_the_same_features(
+    make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host, device = make_encoder(), make_encoder()
     monkeypatch.setattr(device, "_device_resizes", True)
     photo = encode(picture(*SIZE), "JPEG")
@@ -273,7 +274,9 @@ def test_resized_by_the_device_it_is_the_same(make_encoder: Any, image: Any, mon
         assert torch.equal(features(device.encode([images])[0]), features(host.encode([images])[0]))
 
 
-def test_who_is_done_does_not_wait(make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_yielded_as_soon_as_they_are_done(
+    make_encoder: Any, image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = make_encoder(max_patches_per_pass=1)
     encoder.encode([[image(1)]])
     passes = Counting(encoder._features)
@@ -282,7 +285,7 @@ def test_who_is_done_does_not_wait(make_encoder: Any, image: Any, monkeypatch: p
     seen = {index: len(passes.calls) for index, _ in encoder.encode_each(requests)}
     assert list(seen)[:2] == [2, 3] and len(seen) == 5
     assert [seen[index] for index in range(4)] == [1, 2, 0, 0]
-    assert seen[4] <= 1  # found broken by another thread, some time before the second pass
+    assert seen[4] <= 1  # rejected by a decoding thread at some time before the second pass
 
 
 def test_the_warm_up_encodes_each_size(make_encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:

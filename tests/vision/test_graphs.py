@@ -1,4 +1,4 @@
-"""Captured passes: which are replayed, and that they give what the others give."""
+"""CUDA graphs of the ViT: which passes are replayed, and that their results are those of eager passes."""
 
 import logging
 import math
@@ -28,23 +28,23 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @dataclass
 class Recorded:
-    """Stands in for a CUDA graph."""
+    """Replaces a CUDA graph."""
 
     replay: Callable[[], None]
 
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Grid]:
-    """Lets passes be captured without a GPU; the grids of those that are replayed."""
+    """The grids of the replayed passes; captures without a GPU."""
     grids: list[Grid] = []
 
     def capture(self: GraphedTransformer, grid: Grid, pool: Any) -> _Graph:
-        patches, layout = self._patches[: math.prod(grid)], self.model.lay_out([grid])
+        patches, layout = self._patches[: math.prod(grid)], self.model.layout([grid])
         features = self.model.embed(patches, layout)
 
         def replay() -> None:
             grids.append(grid)
-            time.sleep(0.002)  # another thread could write the input meanwhile
+            time.sleep(0.002)  # gives other threads a chance to overwrite the input
             features.copy_(self.model.embed(patches, layout))
 
         return _Graph(Recorded(replay), layout, features)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def eager(model: VisionTransformer, grids: Sequence[Grid], seed: int) -> tuple[t
     return patches, model(patches, grids)
 
 
-def test_a_pass_over_one_image_of_a_captured_size_is_replayed(model: VisionTransformer, replayed: list[Grid]) -> None:
+def test_passes_over_one_image_of_a_captured_size_are_replayed(model: VisionTransformer, replayed: list[Grid]) -> None:
     graphed = GraphedTransformer(model)
     graphed.capture([SMALL, LARGE, SMALL])
     passes = [[LARGE], [SMALL], [SMALL, SMALL], [(1, 6, 4)], [SMALL], [LARGE]]
@@ -86,11 +86,11 @@ def test_threads_take_turns(model: VisionTransformer, replayed: list[Grid]) -> N
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(graphed, [patches for patches, _ in wanted], passes))
     for mine, (_, features) in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, features)  # a CPU's threads share the work out in another way
+        torch.testing.assert_close(mine, features)  # not equal: the CPU's threads split the work differently
     assert len(replayed) == 12
 
 
-def test_without_memory_for_a_graph_it_goes_on_without(
+def test_without_memory_for_a_graph_the_pass_runs_eagerly(
     model: VisionTransformer, replayed: list[Grid], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     capture = GraphedTransformer._capture
@@ -104,7 +104,7 @@ def test_without_memory_for_a_graph_it_goes_on_without(
     graphed = GraphedTransformer(model)
     with caplog.at_level(logging.WARNING):
         graphed.capture([SMALL, LARGE])  # the largest first
-    assert "[(1, 4, 6)] are encoded without CUDA graphs: no memory" in caplog.text
+    assert "[(1, 4, 6)] run without CUDA graphs: no memory" in caplog.text
     for grid in (SMALL, LARGE):
         patches, wanted = eager(model, [grid], 1)
         assert torch.equal(graphed(patches, [grid]), wanted)
@@ -112,7 +112,7 @@ def test_without_memory_for_a_graph_it_goes_on_without(
 
 
 @pytest.mark.parametrize("loading", ["lazy", "preload"])
-def test_the_warm_up_s_sizes_are_captured_with_the_loading(
+def test_the_sizes_of_the_warm_up_are_captured_when_the_weights_are_loaded(
     plain: Pair, loading: str, replayed: list[Grid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured: list[list[Grid]] = []
@@ -123,15 +123,15 @@ def test_the_warm_up_s_sizes_are_captured_with_the_loading(
     config = VisionSection(loading=loading, warm_up=((60, 90), (100, 40)), feature_cache_mb=0)  # type: ignore[arg-type]
     encoder = VisionEncoder(plain.checkpoint, config, LimitsConfig(), torch.device("cuda"), torch.float32)
     assert len(captured) == (loading == "preload")
-    assert encoder.model is encoder.model is loaded
+    assert encoder.vit.model is encoder.vit.model is loaded
     assert captured == [[(1, 8, 6), (1, 4, 10)]]
     encoder.close()
 
 
 @needs_gpu
 @pytest.mark.parametrize("int8", [False, True])
-def test_replayed_it_is_the_same(plain: Pair, int8: bool) -> None:
-    """One size has cuDNN's attention, the other its own; passes of all kinds between them, more threads than one."""
+def test_replayed_passes_equal_eager_ones(plain: Pair, int8: bool) -> None:
+    """One size uses cuDNN's attention, the other our kernel; other passes run between them, in several threads."""
     large, small = (1, 64, 66), (1, 12, 10)
     model = VisionTransformer.load(plain.checkpoint, GPU, torch.bfloat16, int8)
     graphed = GraphedTransformer(model)
@@ -147,7 +147,7 @@ def test_replayed_it_is_the_same(plain: Pair, int8: bool) -> None:
 
 
 @needs_gpu
-def test_an_encoder_s_features_are_those_of_an_encoder_without_graphs(plain: Pair) -> None:
+def test_features_with_graphs_equal_those_without(plain: Pair) -> None:
     size, limits = (900, 1200), plain.checkpoint.image_limits
     grid = grid_of(smart_resize(size[1], size[0], limits), limits)
     data = encode(picture(*size, seed=1))
@@ -157,7 +157,7 @@ def test_an_encoder_s_features_are_those_of_an_encoder_without_graphs(plain: Pai
         config = VisionSection(warm_up=warm_up, feature_cache_mb=0)
         encoder = VisionEncoder(plain.checkpoint, config, LimitsConfig(), GPU, torch.bfloat16)
         assert len(encoder.vit._graphs) == len(warm_up)
-        for _ in range(3):  # cuDNN takes the image from its second pass on
+        for _ in range(3):  # cuDNN is used from the second pass on
             (features,) = encoder.encode([[file]])
         assert isinstance(features, torch.Tensor)
         found.append(features)

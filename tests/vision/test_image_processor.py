@@ -1,4 +1,4 @@
-"""Our image path against transformers' own, on photographs and screens."""
+"""Image preprocessing against transformers, on photographs and screens."""
 
 import itertools
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def photo(name: str) -> Image.Image:
 
 
 def screen(width: int, height: int) -> Image.Image:
-    """A settings page: flat areas, rounded cards, small text."""
+    """A settings page with flat areas, rounded cards and small text."""
     image = Image.new("RGB", (width, height), (250, 250, 252))
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(max(9, width // 30))
@@ -72,7 +72,7 @@ def test_patches_equal_transformers(image: Image.Image, limits: ImageLimits) -> 
     assert torch.equal(rounded, torch.from_numpy(ours).bfloat16())
 
 
-def test_every_level_is_normalised_as_transformers_does() -> None:
+def test_normalised_levels_equal_transformers() -> None:
     levels = np.tile(np.arange(256, dtype=np.uint8), 28 * 28 * 4 // 256 + 1)[: 56 * 56]
     image = Image.fromarray(np.repeat(levels.reshape(56, 56, 1), 3, axis=2))
     reference = Glm4vImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 9633792})
@@ -104,21 +104,23 @@ def test_sizes_equal_transformers() -> None:
     "width, height, tokens",
     [(1080, 2400, 3354), (1080, 2340, 3276), (1080, 1920, 2691), (1220, 2712, 4268), (1440, 3200, 5814), (1, 1, 9)],
 )
-def test_tokens_of_known_screens(width: int, height: int, tokens: int) -> None:
+def test_number_of_tokens_of_common_screens(width: int, height: int, tokens: int) -> None:
     assert tokens_of(grid_of(smart_resize(height, width, LIMITS), LIMITS), LIMITS) == tokens
 
 
-def test_extreme_aspect_ratio_is_refused_by_name() -> None:
+def test_an_extreme_aspect_ratio_is_rejected() -> None:
     with pytest.raises(ValueError, match="aspect ratio"):
         reference_resize(2, 10, 4000)
-    with pytest.raises(RequestError, match=r"IMAGES\[3\]: got an aspect ratio of 400; allowed: at most 200"):
+    with pytest.raises(
+        RequestError, match=r"IMAGES\[3\] must be an image with an aspect ratio of at most 200 \(got 400\)"
+    ):
         smart_resize(10, 4000, LIMITS, "IMAGES[3]")
     assert smart_resize(28, 28 * 200, LIMITS) == reference_resize(2, 28, 28 * 200)
 
 
 @pytest.mark.parametrize("dtype, share_equal, furthest", [(torch.uint8, 0.92, 7), (torch.float32, 0.75, 16)])
 def test_distance_to_the_torchvision_backend(dtype: torch.dtype, share_equal: float, furthest: int) -> None:
-    """torchvision cannot be installed beside torch for the CPU, so what its `resize` does is repeated here: torch's
+    """torchvision cannot be installed next to torch for the CPU, so its `resize` is reproduced here: torch's
     antialiased bicubic kernel on bytes (CPU) or on floats, clamped and rounded (GPU)."""
     for image in (photo("grace_hopper.jpg"), photo("rocket.jpg"), screen(1080, 2400)):
         size = smart_resize(image.height, image.width, LIMITS)

@@ -1,4 +1,4 @@
-"""Scanlines of PNG files, unfiltered, against Pillow."""
+"""Decompressed and unfiltered PNG files against Pillow."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def header(width: int, height: int, channels: int, depth: int = 8, interlace: in
 
 
 def noise_file(width: int, height: int, channels: int, parts: int = 3) -> bytes:
-    """Noise, with every filter: what a row's bytes mean follows from those above."""
+    """Random bytes with every filter type."""
     rng = np.random.default_rng(width)
     rows = rng.integers(0, 256, (height, 1 + width * channels), dtype=np.uint8)
     rows[:, 0] = rng.integers(0, 5, height)
@@ -36,29 +36,29 @@ def noise_file(width: int, height: int, channels: int, parts: int = 3) -> bytes:
     return SIGNATURE + header(width, height, channels) + chunk(b"tEXt", b"a\0b") + pixels + chunk(b"IEND", b"")
 
 
-def ours(data: bytes) -> Pixels:
+def decode(data: bytes) -> Pixels:
     lines = read_scanlines(data)
     assert lines is not None
-    return reference.unfilter(torch.from_numpy(lines.rows.copy()), lines.channels).numpy()
+    return reference.unfilter(rows=torch.from_numpy(lines.rows.copy()), channels=lines.channels).numpy()
 
 
-def pillows(data: bytes) -> Pixels:
+def decode_with_pillow(data: bytes) -> Pixels:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (37, 61)], ids=str)
-def test_pixels_equal_pillows(size: tuple[int, int], channels: int) -> None:
+def test_pixels_equal_pillow(size: tuple[int, int], channels: int) -> None:
     data = noise_file(*size, channels)
-    assert np.array_equal(ours(data), pillows(data))
+    assert np.array_equal(decode(data), decode_with_pillow(data))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_files_of_pillow_equal(mode: str) -> None:
+def test_pixels_of_files_written_by_pillow_are_equal(mode: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (15, 7, len(mode)), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((90, 200)).save(file, "PNG")
-    assert np.array_equal(ours(file.getvalue()), pillows(file.getvalue()))
+    assert np.array_equal(decode(file.getvalue()), decode_with_pillow(file.getvalue()))
 
 
 def damaged(data: bytes) -> dict[str, bytes]:
@@ -91,12 +91,12 @@ def damaged(data: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", list(damaged(noise_file(3, 3, 3))))
-def test_what_is_not_as_it_should_be_is_left_to_pillow(kind: str) -> None:
+def test_damaged_and_unusual_files_are_left_to_pillow(kind: str) -> None:
     assert read_scanlines(damaged(noise_file(30, 30, 3))[kind]) is None
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "I;16"])
-def test_other_colours_are_left_to_pillow(mode: str) -> None:
+def test_other_colour_types_are_left_to_pillow(mode: str) -> None:
     file = io.BytesIO()
     Image.new(mode, (4, 4)).save(file, "PNG")
     assert read_scanlines(file.getvalue()) is None

@@ -1,4 +1,4 @@
-"""Our resize against Pillow's, bit for bit."""
+"""The resize against Pillow, bit for bit."""
 
 import numpy as np
 import pytest
@@ -30,8 +30,8 @@ def test_random_sizes(seed: int) -> None:
 @pytest.mark.parametrize(
     "source, target",
     [((2400, 1080), (2408, 1092)), ((427, 640), (420, 644)), ((301, 3), (224, 224)), ((300, 3), (224, 84))],
-    ids=["screenshot", "lower and wider", "a hundred times as high as wide", "nearly so"],
+    ids=["screenshot", "lower and wider", "a hundred times as high as wide", "just below that"],
 )
-def test_either_side_may_be_first(source: tuple[int, int], target: tuple[int, int]) -> None:
+def test_the_order_of_the_axes_equals_pillow(source: tuple[int, int], target: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
     check(pixels, *target)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoglm.weights import safetensors as tensor_files
+from autoglm.weights import safetensors as safetensors_module
 from autoglm.weights.cache import BUILDING, CacheKey, WeightCache
 from autoglm.weights.safetensors import read_tensors, write_tensors
 
@@ -33,7 +33,7 @@ def fetch(cache: WeightCache, name: str, tensors: Tensors, build: Callable[[], N
     )
 
 
-# A process of its own: makes an entry slowly and says what it did, or lives on with it.
+# A separate process: builds or reads an entry, prints which, and keeps using it if `how` is "stay".
 PROCESS = """
 import sys, time, torch
 from pathlib import Path
@@ -85,9 +85,9 @@ def line(process: "subprocess.Popen[str]") -> str:
     return process.stdout.readline().strip()
 
 
-def test_written_once_and_read_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 1500)
-    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 777)
+def test_an_entry_is_written_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_module, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(safetensors_module, "PIECE_BYTES", 777)
     written = make(5) | {"table": torch.randn(700).bfloat16(), "none": torch.empty(0, 4)}
     assert not fetch(WeightCache(tmp_path, 10**6), "k", written)
     (entry,) = WeightCache(tmp_path, 10**6).entries()
@@ -106,7 +106,7 @@ def test_of_two_processes_one_builds_and_one_reads(start: Start, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["k" * 8]
 
 
-def test_killed_while_it_writes(start: Start, tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_no_entry(start: Start, tmp_path: Path) -> None:
     first = start("k", "hang")
     assert (line(first), line(first)) == ("build", "hanging")
     waiting = start("k")
@@ -121,7 +121,7 @@ def test_killed_while_it_writes(start: Start, tmp_path: Path) -> None:
     assert len(other.entries()) == 2
 
 
-def test_what_a_dead_process_left_is_swept(start: Start, tmp_path: Path) -> None:
+def test_the_directory_of_a_dead_process_is_removed(start: Start, tmp_path: Path) -> None:
     first = start("k", "hang")
     assert (line(first), line(first)) == ("build", "hanging")
     first.send_signal(signal.SIGKILL)
@@ -154,7 +154,7 @@ def other_tensors(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, cut_manifest, drop_shard, break_header, other_tensors])
-def test_damage_is_noticed_and_repaired(
+def test_a_damaged_entry_is_rebuilt(
     tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     fetch(WeightCache(tmp_path, 10**6), "k", make(3))
@@ -165,13 +165,13 @@ def test_damage_is_noticed_and_repaired(
         tensors["a.values"].fill_(9)
 
     assert not fetch(WeightCache(tmp_path, 10**6), "k", tensors, build)
-    assert "is damaged and is made anew" in caplog.text
+    assert "is damaged and will be rebuilt" in caplog.text
     again = make(0)
     assert fetch(WeightCache(tmp_path, 10**6), "k", again)
     assert (again["a.values"] == 9).all()
 
 
-def test_full_cache_drops_what_was_used_longest_ago_but_nothing_in_use(start: Start, tmp_path: Path) -> None:
+def test_a_full_cache_removes_the_least_recently_used_entry_not_in_use(start: Start, tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 3 * 2500)
     held = start("a", "stay")
     assert (line(held), line(held)) == ("build", "False 7")
@@ -192,7 +192,7 @@ def test_full_cache_drops_what_was_used_longest_ago_but_nothing_in_use(start: St
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["b", "d", "e"]
 
 
-def test_larger_than_the_bound_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_entry_larger_than_the_cache_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     built = []
     assert not fetch(WeightCache(tmp_path, 1000), "k", make(), lambda: built.append(1))
     assert built
@@ -200,7 +200,7 @@ def test_larger_than_the_bound_is_not_written(tmp_path: Path, caplog: pytest.Log
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trouble_with_the_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_errors_are_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def full(path: Path) -> None:
         (path / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -216,7 +216,7 @@ def test_trouble_with_the_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCa
     assert built == [1, 2]
 
 
-def test_a_fault_while_building_leaves_nothing_that_counts(tmp_path: Path) -> None:
+def test_an_error_while_building_leaves_no_entry(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path, 10**6)
 
     def fail() -> None:
@@ -229,7 +229,7 @@ def test_a_fault_while_building_leaves_nothing_that_counts(tmp_path: Path) -> No
     assert len(cache.entries()) == 1
 
 
-def test_removing(tmp_path: Path) -> None:
+def test_an_entry_in_use_is_only_removed_by_force(tmp_path: Path) -> None:
     fetch(WeightCache(tmp_path, 10**6), "k", make())
     cache = WeightCache(tmp_path, 10**6)
     (entry,) = cache.entries()
@@ -240,7 +240,7 @@ def test_removing(tmp_path: Path) -> None:
     assert cache.remove(entry.path)
 
 
-def test_fingerprint_follows_content_and_settings(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_settings(tmp_path: Path) -> None:
     shard = tmp_path / "model.safetensors"
     (tmp_path / "config.json").write_text("{}")
     write_tensors(tmp_path, {"a": torch.zeros(100_000)})
@@ -253,7 +253,7 @@ def test_fingerprint_follows_content_and_settings(tmp_path: Path) -> None:
     assert digest() == first
     assert digest(1) != first
     content = bytearray(shard.read_bytes())
-    content[-1] = 1  # within the last piece; neither size nor time tell
+    content[-1] = 1  # in the last piece; size and time stay the same
     shard.write_bytes(content)
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     second = digest()

@@ -1,4 +1,4 @@
-"""`autoglm cache`, as it is installed."""
+"""The installed command `autoglm cache`."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WeightCache:
-    """Two entries, "a" and "b", in the directory that the environment names; both are in use by this object."""
+    """Entries "aaaa" and "bbbb" in the environment's directory, both in use by this object."""
     monkeypatch.setenv("AUTOGLM_CACHE", str(tmp_path / "weights"))
     monkeypatch.delenv("AUTOGLM_CONFIG", raising=False)
     made = WeightCache(tmp_path / "weights", 10**6)
@@ -42,11 +42,11 @@ def test_list(cache: WeightCache, capsys: Output) -> None:
     assert entries[0]["bytes"] > 4000
 
 
-def test_clear_leaves_what_is_in_use(cache: WeightCache, capsys: Output) -> None:
+def test_clear_keeps_entries_in_use(cache: WeightCache, capsys: Output) -> None:
     assert main(["cache", "clear"]) == 1
     output = capsys.readouterr()
     assert output.out == "deleted 0 entries, 0.00 GB\n"
-    assert output.err == "autoglm: in use: aaaa, bbbb (--force deletes them all the same)\n"
+    assert output.err == "autoglm: not deleted, in use: aaaa, bbbb (--force deletes them too)\n"
     assert main(["cache", "clear", "a", "--force"]) == 0
     assert [entry.path.name for entry in cache.entries()] == ["bbbb"]
     cache.close()
@@ -56,7 +56,9 @@ def test_clear_leaves_what_is_in_use(cache: WeightCache, capsys: Output) -> None
     assert "no entry zz" in capsys.readouterr().err
 
 
-def test_configuration_names_the_directory(tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_comes_from_the_configuration(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"weight_cache: {{directory: {tmp_path / 'there'}}}")
     monkeypatch.setenv("AUTOGLM_CONFIG", str(file))
@@ -64,16 +66,16 @@ def test_configuration_names_the_directory(tmp_path: Path, capsys: Output, monke
     assert capsys.readouterr().out == f"0 entries, 0.00 GB in {tmp_path / 'there'}\n"
     file.write_text("weight_cache: 1")
     assert main(["cache", "list"]) == 1
-    assert "weight_cache is 1, expected a section" in capsys.readouterr().err
+    assert "weight_cache must be a section (got 1)" in capsys.readouterr().err
 
 
-def test_the_command_as_it_is_installed(tmp_path: Path) -> None:
+def test_the_installed_command(tmp_path: Path) -> None:
     script = Path(sys.executable).parent / "autoglm"
     command = [str(script), "cache", "list", "--directory", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, f"0 entries, 0.00 GB in {tmp_path}\n")
 
 
-def test_no_torch_is_loaded() -> None:
+def test_torch_is_not_imported() -> None:
     code = "import sys, autoglm.weights.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,15 +1,15 @@
-"""Rows of the embedding table, which may lie in pinned memory of the host."""
+"""Embedding lookup; the table may be in pinned host memory."""
 
 import torch
 import triton
 import triton.language as tl
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.embed`. From the host each row comes over PCIe when it is wanted: 8 KB a token.
+def embed(*, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `Kernels.embed`. Rows of a table in host memory are read over PCIe on demand: 8 KB a token.
 
-    An ordinary launch, so that what a pass has been given (lengths, block tables) can be seen by all that follow, also
-    by those that look before they wait.
+    Launched without PDL, so that the inputs of a pass (seq_lens, block tables) are visible to all later kernels, also
+    to those that read them before they wait.
     """
     size = table.shape[1]
     out = torch.empty(ids.shape[0], size, device=ids.device, dtype=table.dtype)

@@ -1,9 +1,8 @@
-"""Many rows of int8 activations times an INT8 weight: the tensor cores decide.
+"""INT8 GEMM for many rows of activations, bound by the tensor cores.
 
-One program for each multiprocessor walks over the tiles of the output; operands come through the tensor memory
-accelerator, sums are int32, scales are applied once, where a tile is done. On one NVIDIA H200 3422 rows take
-660 us for gate and up of the 9B model (1160 TOPS; cuBLASLt through torch._int_mm: 890 us and a second pass for the
-scales).
+Persistent: one program per SM loops over the tiles of the output. The tensor memory accelerator loads the operands,
+sums are int32, scales are applied once per tile. On one NVIDIA H200 3422 rows take 660 us for gate and up of the 9B
+model (1160 TOPS; cuBLASLt through torch._int_mm: 890 us and a second pass for the scales).
 """
 
 import torch
@@ -11,13 +10,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from autoglm.device import device_info
 from autoglm.kernels.base import Activation
 from autoglm.kernels.gpu.int8_tile import add_product, apply_scales
 from autoglm.kernels.gpu.pdl import PDL, pdl_launch, pdl_wait
 from autoglm.quantization.int8 import GROUP, Int8Weight
 
 ROWS, DEPTH = 128, GROUP  # of a tile
-SWATH = 8  # tiles of rows that are walked together, so that they share the weight's tiles in the L2 cache
+SWATH = 8  # tiles of rows visited together, so that they share the weight's tiles in the L2 cache
 
 
 def gemm(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
@@ -35,7 +35,7 @@ def gemm(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, ga
     block = 128 if gated else 256
     out = torch.empty(rows, outputs, device=x.values.device, dtype=torch.bfloat16)
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(outputs, block)
-    _gemm[(min(tiles, processors(x.values.device)),)](
+    _gemm[(min(tiles, device_info(x.values.device).num_sms),)](
         TensorDescriptor(x.values, [rows, size], [size, 1], [ROWS, DEPTH]), x.scales,
         TensorDescriptor(weight.values, list(weight.shape), [size, 1], [block, DEPTH]), weight.scales, weight.offsets,
         bias, TensorDescriptor(out, [rows, outputs], [outputs, 1], [ROWS, block]), rows, outputs, size,
@@ -43,11 +43,6 @@ def gemm(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, ga
         num_stages=3, launch_pdl=PDL,
     )  # fmt: skip
     return out
-
-
-def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has; 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit(do_not_specialize=["M"])

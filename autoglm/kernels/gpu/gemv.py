@@ -1,10 +1,9 @@
-"""One row times a weight: reading the weight is all the work.
+"""GEMV: one row of activations times a weight, bound by reading the weight.
 
-Bytes decide: a layer of the 9B model has 204 MB in INT8, 45 us at 4.5 TB/s. Each program takes a few rows of the
-weight, loads all of them into registers before it waits for the kernel in front (so the memory is busy while that one
-ends), and only then reads the activations. INT8 weights are multiplied by dp4a, four at a time: each four activations
-become 16-bit integers with a scale of their own, in two int8 digits, which is exact to 1/65000 of the largest of the
-four and finer than the bfloat16 that they come in.
+A layer of the 9B model has 204 MB in INT8, 45 us at 4.5 TB/s. Each program loads a few rows of the weight into
+registers before it waits for the previous kernel (so that memory stays busy while that one finishes), and only then
+reads the activations. INT8 weights are multiplied by dp4a, four at a time: each four activations become 16-bit integers
+with a common scale, in two int8 digits, which is exact to 1/65000 of the largest of the four, finer than bfloat16.
 """
 
 import torch
@@ -14,8 +13,8 @@ import triton.language as tl
 from autoglm.kernels.gpu.pdl import INTERPRETED, PDL, pdl_launch, pdl_wait
 from autoglm.quantization.int8 import GROUP, Int8Weight
 
-BYTES = 32768  # of the weight, for each program: 16 loads of 16 bytes a thread
-WIDEST = 4096  # columns for each program; longer rows are split, and the reader adds the parts up
+BYTES = 32768  # of the weight per program: 16 loads of 16 bytes a thread
+MAX_COLUMNS = 4096  # per program; longer rows are split into partial sums
 
 
 def gemv(
@@ -34,8 +33,8 @@ def gemv(
     values = weight.values if isinstance(weight, Int8Weight) else weight
     size = values.shape[1]
     outputs = values.shape[0] // (2 if gated else 1)
-    splits = 1 if gated else triton.cdiv(size, WIDEST)
-    # Where a part begins is a multiple of GROUP, so that no group of the weight's scales is cut.
+    splits = 1 if gated else triton.cdiv(size, MAX_COLUMNS)
+    # Parts begin at multiples of GROUP, so that no group of the weight's scales is split.
     part = triton.cdiv(triton.cdiv(size, GROUP), splits) * GROUP
     block_k = triton.next_power_of_2(part)
     rows = max(1, BYTES // (block_k * values.element_size()) // (2 if gated else 1))
@@ -92,7 +91,7 @@ def _dot(
     if not INT8:
         return tl.sum(weight.to(tl.float32) * row.to(tl.float32)[None, :], 1)
     else:
-        # Four bfloat16 values in an int64; a bfloat16 is the upper half of a float.
+        # An int64 holds four bfloat16 values; a bfloat16 is the upper half of an fp32.
         a = row.to(tl.int32)
         b = (row >> 32).to(tl.int32)
         x0 = (a << 16).to(tl.float32, bitcast=True)

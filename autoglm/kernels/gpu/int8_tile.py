@@ -1,4 +1,4 @@
-"""What the products with INT8 weights share: adding one tile's product, and applying scales."""
+"""Device functions of the INT8 GEMMs: accumulating the product of a tile, and applying scales."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ def add_product(
     total, tile, rows, scales, offsets, outputs, inside, k, GROUPS: tl.constexpr, DEPTH: tl.constexpr,
     LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Add the product of a weight's tile [BLOCK, DEPTH], whose columns begin at k, and rows [ROWS, DEPTH].
+    """Accumulate the product of a tile of the weight [BLOCK, DEPTH], whose columns begin at k, and rows [ROWS, DEPTH].
 
-    total is [BLOCK, ROWS] where the weight is the LEFT operand, else [ROWS, BLOCK]; int32 for a weight with one scale a
-    row, else fp32 with the scales and offsets of the tile's group applied (DEPTH is the group's size then).
+    total is [BLOCK, ROWS] if the weight is the LEFT operand, else [ROWS, BLOCK]; int32 for a weight with one scale per
+    row, else fp32 with the scales and offsets of the tile's group applied (DEPTH is the group size then).
     """
     if GROUPS == 1:
         if LEFT:
@@ -34,7 +34,7 @@ def add_product(
 
 @triton.jit
 def apply_scales(total, sums, scales, offsets, outputs, inside, GROUPS: tl.constexpr, LEFT: tl.constexpr):
-    """The sum of all tiles -> fp32, the weight's scales applied, not yet the rows'. sums int32 [ROWS]: of each row."""
+    """Apply the weight's scales (not the rows') to the sum of all tiles -> fp32. sums: int32 [ROWS], the rows' sums."""
     if GROUPS == 1:
         result = total.to(tl.float32) * along(tl.load(scales + outputs, mask=inside, other=0.0), LEFT)
         if offsets is not None:
@@ -47,11 +47,11 @@ def apply_scales(total, sums, scales, offsets, outputs, inside, GROUPS: tl.const
 
 @triton.jit
 def along(vector, LEFT: tl.constexpr):
-    """One value for each output, ready to be broadcast over a tile's sums."""
+    """Broadcast one value per output over a tile."""
     return vector[:, None] if LEFT else vector[None, :]
 
 
 @triton.jit
 def across(vector, LEFT: tl.constexpr):
-    """One value for each row of activations, ready to be broadcast over a tile's sums."""
+    """Broadcast one value per row of activations over a tile."""
     return vector[None, :] if LEFT else vector[:, None]

@@ -1,4 +1,4 @@
-"""RMS norms with what stands between them, and dynamic quantisation of rows."""
+"""Fused residual addition and RMS norms, and dynamic quantisation of rows."""
 
 import torch
 import triton
@@ -9,6 +9,7 @@ from autoglm.kernels.gpu.pdl import PDL, pdl_launch, pdl_wait
 
 
 def add_norm(
+    *,
     branch: torch.Tensor | None,
     residual: torch.Tensor,
     branch_norm: torch.Tensor | None,
@@ -28,7 +29,7 @@ def add_norm(
     return Activation(x, scales), residual
 
 
-def quantize(x: torch.Tensor) -> Activation:
+def quantize(*, x: torch.Tensor) -> Activation:
     """See `Kernels.quantize`."""
     rows, size = x.shape
     values, scales = _rows(x, True)
@@ -64,7 +65,7 @@ def _add_norm(
             total += tl.load(branch + (split * rows + row) * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
         if branch_norm is not None:
             total = total * tl.rsqrt(tl.sum(total * total) / SIZE + eps) * branch_weight.to(tl.float32)
-        # The residual stream is rounded where the model's dtype rounds it.
+        # Round the residual stream to the model's dtype.
         wide = (wide + total).to(dtype).to(tl.float32)
         tl.store(residual + row * SIZE + columns, wide.to(dtype), mask=inside)
     wide = wide * tl.rsqrt(tl.sum(wide * wide) / SIZE + eps) * weight.to(tl.float32)

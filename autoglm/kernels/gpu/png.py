@@ -1,26 +1,26 @@
-"""The scanlines of a PNG, unfiltered on the GPU.
+"""Undoes the scanline filters of a PNG.
 
-A byte is predicted from its neighbours at the left, above and above left (PNG specification, 3rd edition, 9), so a
-pixel may be computed as soon as the row above is one pixel ahead: the rows of a band go at once, each a step behind
-the one above it. One program does that for a channel; two more launches lay the pixels out by steps and back.
+A byte is predicted from its left, upper and upper left neighbours (PNG specification, 3rd edition, 9), so a pixel can
+be computed once the row above is one pixel ahead: a wavefront, in which the rows of a band run in parallel, each a step
+later than the one above. One program per channel; two more launches skew the pixels by steps and back.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-LANES = 512  # most rows that go at once, with the one above them
-AHEAD = 4  # steps whose bytes are under way
+LANES = 512  # maximum rows in parallel, including the one above them
+AHEAD = 4  # steps loaded in advance
 TILE = 64
 
 
-def unfilter(rows: torch.Tensor, channels: int) -> torch.Tensor:
+def unfilter(*, rows: torch.Tensor, channels: int) -> torch.Tensor:
     """See `Kernels.unfilter`."""
     height, width = rows.shape[0], (rows.shape[1] - 1) // channels
     lanes = min(LANES, max(TILE, triton.next_power_of_2(height + 1)))
     bands = triton.cdiv(height, lanes - 1)
     steps = triton.cdiv(width + lanes - 1, AHEAD) * AHEAD
-    skewed = rows.new_empty(3 * bands * steps + AHEAD, lanes)  # of the last, nothing is used
+    skewed = rows.new_empty(3 * bands * steps + AHEAD, lanes)  # the last AHEAD rows are padding
     _skew[(bands * steps,)](rows, skewed, height, width, steps, CHANNELS=channels, LANES=lanes, num_warps=4)
     _unfilter[(3,)](rows, skewed, height, rows.shape[1], bands, steps, LANES=lanes, AHEAD=AHEAD, num_warps=8)
     pixels = rows.new_empty(height, width, 3)
@@ -32,7 +32,7 @@ def unfilter(rows: torch.Tensor, channels: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["height", "width", "steps"])
 def _skew(rows, skewed, height, width, steps, CHANNELS: tl.constexpr, LANES: tl.constexpr):
-    """One program for a step of a band: [LANES] bytes of each channel, 0 where a row has no pixel at that step."""
+    """One program per step of a band: [LANES] bytes of each channel, 0 where a row has no pixel at that step."""
     program = tl.program_id(0)
     lane = tl.arange(0, LANES)
     row = program // steps * (LANES - 1) + lane - 1
@@ -47,10 +47,10 @@ def _skew(rows, skewed, height, width, steps, CHANNELS: tl.constexpr, LANES: tl.
 
 @triton.jit(do_not_specialize=["height", "stride", "bands", "steps"])
 def _unfilter(rows, skewed, height, stride, bands, steps, LANES: tl.constexpr, AHEAD: tl.constexpr):
-    """One program for a channel, in place.
+    """One program per channel, in place.
 
-    A band's first lane is the row above it, as it was computed. Before a row's first pixel all is 0: what the filters
-    make of zeros is 0. What is computed behind its last pixel nobody reads.
+    The first lane of a band is the finished row above it. Before a row's first pixel everything is 0, which the filters
+    map to 0. Values computed after its last pixel are not read.
     """
     tl.static_assert(AHEAD == 4)
     lane = tl.arange(0, LANES)
@@ -59,7 +59,7 @@ def _unfilter(rows, skewed, height, stride, bands, steps, LANES: tl.constexpr, A
         row = band * (LANES - 1) + lane - 1
         kind = tl.load(rows + row.to(tl.int64) * stride, mask=(lane > 0) & (row < height), other=0)
         at = skewed + band * (steps * LANES).to(tl.int64) + lane
-        # The last lane of the band above is LANES - 1 steps behind its first.
+        # The last lane of the band above is LANES - 1 steps later than its first.
         above = at - (steps - (LANES - 1)) * LANES + (LANES - 1)
         source = tl.where((lane == 0) & (row >= 0), above, at)
         left = tl.zeros((LANES,), tl.int32)
@@ -80,12 +80,12 @@ def _unfilter(rows, skewed, height, stride, bands, steps, LANES: tl.constexpr, A
             tl.store(at + 3 * LANES, left.to(tl.uint8))
             at += AHEAD * LANES
             first, second, third, fourth = next_first, next_second, next_third, next_fourth
-        tl.debug_barrier()  # the next band reads what other threads have written
+        tl.debug_barrier()  # the next band reads values written by other threads
 
 
 @triton.jit
 def _step(filtered, left, corner, kind, lane):
-    """The pixels of a step, and those above them; `left` and `corner` are the same of the step before."""
+    """The pixels of a step, and those above them; `left` and `corner` are those of the previous step."""
     up = tl.gather(left, tl.maximum(lane - 1, 0), 0)
     straight, across = tl.abs(up - corner), tl.abs(left - corner)
     both = tl.abs(left + up - 2 * corner)
@@ -100,7 +100,7 @@ def _step(filtered, left, corner, kind, lane):
 
 @triton.jit(do_not_specialize=["height", "width", "bands", "steps"])
 def _straighten(skewed, pixels, height, width, bands, steps, LANES: tl.constexpr, TILE: tl.constexpr):
-    """One program for TILE x TILE pixels."""
+    """One program per TILE x TILE pixels."""
     x = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     inside = (row < height) & (x < width)

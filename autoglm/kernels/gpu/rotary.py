@@ -1,10 +1,10 @@
-"""From the sum of q, k and v to rotated queries and a cache with new keys and values, on a GPU."""
+"""Rotary embedding of q and k, and storing k and v in the cache; device functions that the attention kernels share."""
 
 import torch
 import triton
 import triton.language as tl
 
-from autoglm.kernels.base import LayerCache, Rotary
+from autoglm.kernels.base import AttentionConfig, LayerCache
 from autoglm.kernels.gpu.pdl import PDL, pdl_launch, pdl_wait
 
 FP8_LIMIT = tl.constexpr(448.0)  # the largest float8_e4m3fn
@@ -15,10 +15,10 @@ def angles(
     table, positions, axis_stride, table_rows,
     HALF: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines [D / 2] of one token; pairs beyond the rotated ones stand still.
+    """Cosines and sines [D / 2] of one token; dimensions that are not rotated get 1 and 0.
 
-    `positions` points to the token's place on the first axis; FIRST and SECOND are where the second and the third
-    axis' pairs begin.
+    `positions` points to the token's position on the first axis; the pairs of the second and third axis begin at FIRST
+    and SECOND.
     """
     pair = tl.arange(0, D // 2)
     turns = pair < HALF
@@ -31,7 +31,7 @@ def angles(
 
 @triton.jit
 def sum_heads(qkv, first, heads, split_stride, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
-    """The sum over the S partials of `heads` heads of one token, from head `first` on: fp32 [R, D], R >= heads."""
+    """The sum over the S partials of `heads` heads of one token from head `first`: fp32 [R, D], R >= heads."""
     rows = tl.arange(0, R)[:, None]
     at = qkv + (first + rows) * D + tl.arange(0, D)[None, :]
     x = tl.load(at, mask=rows < heads, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def sum_heads(qkv, first, heads, split_stride, S: tl.constexpr, R: tl.constexpr,
 
 @triton.jit
 def rotate(x, cos, sin, R: tl.constexpr, D: tl.constexpr):
-    """Turn neighbouring pairs of x [R, D]; cos and sin [D / 2]."""
+    """Rotate adjacent pairs of x [R, D]; cos and sin [D / 2]."""
     even, odd = tl.split(tl.reshape(x, (R, D // 2, 2)))
     cos = cos[None, :]
     sin = sin[None, :]
@@ -51,7 +51,7 @@ def rotate(x, cos, sin, R: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def encode(x, scales, mask, dtype: tl.constexpr):
-    """x fp32 [R, D] as the cache of `dtype` stores it, and the scale of each row, fp32 [R].
+    """x fp32 [R, D] in the cache's `dtype`, and the scale of each row, fp32 [R].
 
     `scales` points to each row's scale: read for FP8, written for INT8.
     """
@@ -70,9 +70,9 @@ def encode(x, scales, mask, dtype: tl.constexpr):
     return stored, scale
 
 
-@triton.jit(do_not_specialize=["axis_stride"], do_not_specialize_on_alignment=["positions", "slots"])
-def _store_keys(
-    qkv, positions, table, slots, out, keys, values, key_scales, value_scales,
+@triton.jit(do_not_specialize=["axis_stride"], do_not_specialize_on_alignment=["positions", "slot_mapping"])
+def _store_kv(
+    qkv, positions, table, slot_mapping, out, keys, values, key_scales, value_scales,
     split_stride, row_stride, axis_stride, table_rows, scale_stride,
     S: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, Q_ROWS: tl.constexpr, KV_ROWS: tl.constexpr, PDL: tl.constexpr,
@@ -97,7 +97,7 @@ def _store_keys(
 
     tl.store(out + (HEADS + rows) * D + columns, k.to(out.dtype.element_ty), mask=rows < KV_HEADS)
     tl.store(out + (HEADS + KV_HEADS + rows) * D + columns, v.to(out.dtype.element_ty), mask=rows < KV_HEADS)
-    slot = tl.load(slots + token)
+    slot = tl.load(slot_mapping + token)
     real = heads < tl.where(slot >= 0, KV_HEADS, 0)
     at = slot * KV_HEADS * D + rows * D + columns
     scale_at = slot * scale_stride + heads
@@ -107,45 +107,35 @@ def _store_keys(
     tl.store(values + at, stored, mask=real[:, None])
 
 
-def store_keys(
+def store_kv(
+    *,
     qkv: torch.Tensor,
     positions: torch.Tensor,
-    rotary: Rotary,
+    slot_mapping: torch.Tensor,
     cache: LayerCache,
-    slots: torch.Tensor,
-    heads: int,
-    dtype: torch.dtype,
+    config: AttentionConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotate q and k, and write k and v into the cache.
-
-    Args:
-        qkv: [S, T, (heads + 2 * kv_heads) * head_dim], partial sums over S; head_dim a power of two.
-        positions: int32 [3, T].
-        slots: int64 [T], where the cache keeps each token; nothing is written for a negative one.
-        dtype: the model's.
-
-    Returns:
-        q [T, heads, head_dim] and k, v [T, kv_heads, head_dim] in `dtype`, q and k rotated; views of one tensor.
-    """
+    """See `Kernels.store_kv`; q, k and v are views of one tensor. head_dim is a power of two."""
     splits, tokens, _ = qkv.shape
+    num_heads, table = config.num_heads, config.rotary_table
     kv_heads, size = cache.keys.shape[1:]
-    out = qkv.new_empty(tokens, heads + 2 * kv_heads, size, dtype=dtype)
+    out = qkv.new_empty(tokens, num_heads + 2 * kv_heads, size, dtype=config.dtype)
     key_scales, value_scales, scale_stride = scale_arguments(cache)
-    first, second, _ = rotary.sections
-    _store_keys[(tokens,)](
-        qkv, positions, rotary.table, slots, out, cache.keys, cache.values, key_scales, value_scales,
-        qkv.stride(0), qkv.stride(1), positions.stride(0), rotary.table.shape[1], scale_stride,
-        S=splits, HEADS=heads, KV_HEADS=kv_heads, D=size,
-        HALF=rotary.table.shape[2], FIRST=first, SECOND=first + second,
-        Q_ROWS=triton.next_power_of_2(heads), KV_ROWS=triton.next_power_of_2(kv_heads),
+    first, second, _ = config.mrope_section
+    _store_kv[(tokens,)](
+        qkv, positions, table, slot_mapping, out, cache.keys, cache.values, key_scales, value_scales,
+        qkv.stride(0), qkv.stride(1), positions.stride(0), table.shape[1], scale_stride,
+        S=splits, HEADS=num_heads, KV_HEADS=kv_heads, D=size,
+        HALF=table.shape[2], FIRST=first, SECOND=first + second,
+        Q_ROWS=triton.next_power_of_2(num_heads), KV_ROWS=triton.next_power_of_2(kv_heads),
         PDL=PDL, launch_pdl=PDL, num_warps=4,
     )  # fmt: skip
-    q, k, v = torch.split(out, [heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(out, [num_heads, kv_heads, kv_heads], dim=1)
     return q, k, v
 
 
 def scale_arguments(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The scales of keys and values and their stride along the slots; for a cache without scales, what nobody reads."""
+    """The scales of keys and values and their stride along the tokens; unused dummies for a cache without scales."""
     if cache.key_scales is None or cache.value_scales is None:
         return cache.keys, cache.values, 0
     return cache.key_scales, cache.value_scales, cache.key_scales.stride(0)

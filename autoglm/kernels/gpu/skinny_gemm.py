@@ -1,8 +1,8 @@
-"""A few rows (2 to 128) of int8 activations times an INT8 weight: still the weight's bytes decide.
+"""INT8 GEMM for few rows (2 to 128) of activations, bound by reading the weight.
 
-The weight is the left operand of the tensor cores' product (its 64 or 128 rows fill the instruction, the activations
-are its columns), and reaches shared memory through the tensor memory accelerator. Short sums over K are cut into
-splits so that every multiprocessor has work; whoever reads the result adds the splits up.
+The weight is the left operand of the tensor cores (its 64 or 128 rows fill the instruction, the activations are its
+columns); the tensor memory accelerator loads it into shared memory. If the output has few tiles, K is split so that
+every SM has work; the consumer adds the partial sums.
 """
 
 import torch
@@ -10,17 +10,19 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from autoglm.device import device_info
 from autoglm.kernels.base import Activation
 from autoglm.kernels.gpu.int8_tile import add_product, apply_scales
 from autoglm.kernels.gpu.pdl import PDL, pdl_launch, pdl_wait
 from autoglm.quantization.int8 import GROUP, Int8Weight
 
-WIDEST, WIDEST_GATED = 128, 64  # rows of activations
-PROCESSORS = 132
+MAX_ROWS, MAX_ROWS_GATED = 128, 64  # rows of activations
 
 
-def skinny(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, gated: bool = False) -> torch.Tensor:
-    """x int8 [M, K], M <= WIDEST (WIDEST_GATED), times the weight.
+def skinny_gemm(
+    x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, gated: bool = False
+) -> torch.Tensor:
+    """x int8 [M, K], M <= MAX_ROWS (MAX_ROWS_GATED), times the weight.
 
     Args:
         gated: silu(first half of the outputs) * second half, as bfloat16 [M, N / 2].
@@ -31,7 +33,7 @@ def skinny(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, 
     assert x.scales is not None
     rows, size = x.values.shape
     outputs = weight.shape[0] // (2 if gated else 1)
-    block, depth, splits, stages = tiling(rows, outputs, size, gated)
+    block, depth, splits, stages = tiling(rows, outputs, size, gated, device_info(x.values.device).num_sms)
     if weight.groups > 1:
         depth = GROUP
         splits = min(splits, triton.cdiv(size, depth))
@@ -41,7 +43,7 @@ def skinny(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, 
         out = torch.empty(rows, outputs, device=x.values.device, dtype=torch.bfloat16)
     else:
         out = torch.empty(splits, rows, outputs, device=x.values.device)
-    _skinny[(triton.cdiv(outputs, block), splits)](
+    _skinny_gemm[(triton.cdiv(outputs, block), splits)](
         TensorDescriptor(x.values, [rows, size], [size, 1], [wide, depth]), x.scales,
         TensorDescriptor(weight.values, list(weight.shape), [size, 1], [block, depth]), weight.scales, weight.offsets,
         bias, out, rows, outputs, size, blocks, GROUPS=weight.groups, GATED=gated, ROWS=wide, BLOCK=block, DEPTH=depth,
@@ -50,18 +52,18 @@ def skinny(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, 
     return out
 
 
-def tiling(rows: int, outputs: int, size: int, gated: bool) -> tuple[int, int, int, int]:
+def tiling(rows: int, outputs: int, size: int, gated: bool, num_sms: int) -> tuple[int, int, int, int]:
     """Rows of the weight and columns of K in a tile, splits of K, stages of the pipeline.
 
-    Measured on one NVIDIA H200 with the 9B model's shapes. Best is what puts all programs onto the processors at once,
-    two on each, or one where wide activations take the shared memory.
+    Tuned on one NVIDIA H200 with the shapes of the 9B model. It is best to have all programs resident at once, two per
+    SM, or one where wide activations fill the shared memory.
     """
     if gated:
         return (64, 512, 1, 3) if rows <= 16 else (128, 128, 1, 4)
     tiles = triton.cdiv(outputs, 64)
-    if tiles > 2 * PROCESSORS:
+    if tiles > 2 * num_sms:
         return 128, 128, 1, 4
-    if 2 * tiles <= PROCESSORS:
+    if 2 * tiles <= num_sms:
         depth, splits, stages = 256, 2, 6 if rows <= 64 else 4
     else:
         depth, splits, stages = 128, 4 if rows <= 32 else 3, 4
@@ -69,7 +71,7 @@ def tiling(rows: int, outputs: int, size: int, gated: bool) -> tuple[int, int, i
 
 
 @triton.jit(do_not_specialize=["M"])
-def _skinny(
+def _skinny_gemm(
     x, x_scales, weight, scales, offsets, bias, out, M, N, K, BLOCKS, GROUPS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""silu(gate) * up of a product that has both side by side."""
+"""silu(gate) * up, where one tensor holds both side by side."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ BLOCK = 2048
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """[T, 2 * N], gate before up -> [T, N]; computed in fp32."""
+    """[T, 2 * N], the gate first -> [T, N]; computed in fp32."""
     rows, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, width)
     _swiglu[(rows, triton.cdiv(width, BLOCK))](x, out, width, BLOCK, PDL=PDL, launch_pdl=PDL, num_warps=8)

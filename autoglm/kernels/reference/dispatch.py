@@ -1,67 +1,51 @@
-"""The twins: every operation in plain PyTorch. The CPU runs these, and the kernels are tested against them.
+"""The reference implementation: every operation in plain PyTorch, for the CPU and to test the kernels against.
 
-Under autograd (the demo's training) nothing here works in place.
+Nothing here works in place, so that autograd can differentiate it (the demo's training).
 """
 
 import torch
 import torch.nn.functional as F
 
 from autoglm.kernels.base import WEIGHT_ONLY_ROWS, Activation, Weight
-from autoglm.kernels.reference.attention import decode_attention, prefill_attention, store_keys
-from autoglm.kernels.reference.sampling import read_seats, sample, sample_late
-from autoglm.kernels.reference.sparse import choose_pages, most_diverse
-from autoglm.kernels.reference.vision import image_attention, pack, patchify, resample, rotate_heads, unfilter
+from autoglm.kernels.reference.attention import decode_attention, prefill_attention, store_kv
+from autoglm.kernels.reference.sampling import read_slots, sample, sample_deferred
+from autoglm.kernels.reference.sparse import divprune, select_pages
+from autoglm.kernels.reference.vision import image_attention, pack_varlen, patchify, resample, rotate_heads, unfilter
 from autoglm.quantization.int8 import Int8Weight
 from autoglm.quantization.linear import ExternalLinear
 
 __all__ = [
-    "add_norm",
-    "choose_pages",
-    "decode_attention",
-    "embed",
-    "gate_up",
-    "image_attention",
-    "linear",
-    "most_diverse",
-    "pack",
-    "patchify",
-    "prefill_attention",
-    "quantize",
-    "quantizes",
-    "read_seats",
-    "resample",
-    "rotate_heads",
-    "sample",
-    "sample_late",
-    "store_keys",
-    "unfilter",
-]
+    "add_norm", "decode_attention", "divprune", "embed", "gate_up", "image_attention", "linear", "pack_varlen",
+    "patchify", "prefill_attention", "quantize", "quantizes", "read_slots", "resample", "rotate_heads", "sample",
+    "sample_deferred", "select_pages", "store_kv", "unfilter",
+]  # fmt: skip
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def embed(*, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return F.embedding(ids, table)
 
 
-def quantizes(weight: Weight, rows: int) -> bool:
+def quantizes(*, weight: Weight, rows: int) -> bool:
     return isinstance(weight, Int8Weight) and rows > WEIGHT_ONLY_ROWS
 
 
-def quantize(x: torch.Tensor) -> Activation:
+def quantize(*, x: torch.Tensor) -> Activation:
     wide = x.float()
     scales = wide.abs().amax(-1).clamp(min=1e-30) / 127
     return Activation((wide / scales[:, None]).round().to(torch.int8), scales)
 
 
-def linear(x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(*, x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     return product(x, weight, bias).unsqueeze(0)
 
 
-def gate_up(x: Activation, weight: Weight) -> torch.Tensor:
+def gate_up(*, x: Activation, weight: Weight) -> torch.Tensor:
     gate, up = product(x, weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def add_norm(
+    *,
     branch: torch.Tensor | None,
     residual: torch.Tensor,
     branch_norm: torch.Tensor | None,
@@ -73,16 +57,16 @@ def add_norm(
         addend = total(branch).to(residual.dtype)
         residual = residual + (addend if branch_norm is None else rms_norm(addend, branch_norm, eps))
     x = rms_norm(residual, norm, eps)
-    return quantize(x) if quantized else Activation(x), residual
+    return quantize(x=x) if quantized else Activation(x), residual
 
 
 def total(parts: torch.Tensor) -> torch.Tensor:
-    """Partial sums [S, ...] added up."""
+    """The sum of partial sums [S, ...]."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def product(x: Activation, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, N]; int8 rows times an INT8 weight come out in the bias's dtype, or fp32."""
+    """[T, N]; the product of int8 rows and an INT8 weight has the bias's dtype, or fp32."""
     if isinstance(weight, ExternalLinear):
         return weight(x.values)
     if isinstance(weight, torch.Tensor):

@@ -1,0 +1,1 @@
+"""Sparse cross-modal attention: text attends to a part of the visual keys."""

@@ -1,4 +1,4 @@
-"""Attention of passes in which text looks at a part of the visual keys, or says which part; see `sparsity`."""
+"""The sparse mode `topk`: attention of passes in which text attends to the strongest visual keys only."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -7,80 +7,122 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from autoglm.kernels.base import LayerCache
-from autoglm.kernels.reference.attention import decode
-from autoglm.kernels.reference.sparse import topk_attention, visual_attention
+from autoglm.kernels.reference.attention import dequantize_kv
 from autoglm.llm.attention import PagedAttention
-from autoglm.llm.input_batch import key_slots
+from autoglm.llm.input_batch import sequence_slots
 from autoglm.llm.scheduler import Chunk
-from autoglm.llm.sequence import Sequence
+from autoglm.llm.sparse.policy import num_kept
 from autoglm.llm.transfer import send
+
+CHUNK = 64  # queries computed together; bounds the memory of their weights
 
 
 @dataclass(frozen=True)
-class View:
-    """Tokens of one sequence's text that look at its images in a pass; all int64 on the device."""
+class SparseView:
+    """The text tokens of one sequence that attend to its images in a pass; all tensors int64 on the device."""
 
-    sequence: Sequence
-    rows: torch.Tensor  # [n], where the tokens lie in the pass
-    places: torch.Tensor  # [n], where they stand in the sequence
-    counts: torch.Tensor  # [n], how many visual keys each of them keeps
-    slots: torch.Tensor  # [length], the keys up to the last of them
-    visual: torch.Tensor  # [v], places of the visual ones
+    dense_layers: int
+    rows: torch.Tensor  # [n], the tokens' rows in the pass
+    indices: torch.Tensor  # [n], their indices in the sequence
+    num_kept: torch.Tensor  # [n], visual keys that each of them keeps
+    slots: torch.Tensor  # [length], cache indices of the keys up to the last of them
+    visual: torch.Tensor  # [v], indices of the visual keys among these
 
 
-class CrossModalAttention:
-    """Dense attention, and then what `topk` and `snap` do beside it. Not to be captured: its shapes follow the pass."""
+class TopKAttention:
+    """Dense attention, then recomputed for the views. Its shapes vary between passes, so it is not captured."""
 
-    def __init__(self, dense: PagedAttention, views: Seq[View]) -> None:
+    def __init__(self, dense: PagedAttention, views: Seq[SparseView]) -> None:
         self.dense = dense
         self.views = views
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv [S, T, (heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, heads * head_dim]."""
+        """qkv [S, T, (num_heads + 2 * kv_heads) * head_dim], partial sums, not rotated -> [T, num_heads * head_dim]."""
         mixed = self.dense(layer, qkv)
-        cache = self.dense.cache.layer(layer)
+        dense, dtype = self.dense, self.dense.kv_cache.dtype
+        cache = dense.kv_cache.layer(layer)
         for view in self.views:
-            sparsity, attention = view.sequence.sparsity, view.sequence.attention
-            if attention is not None:
-                q, key, _ = self._read(view, qkv, cache)
-                attention[layer] += visual_attention(q, key, view.places, view.visual)
-            elif sparsity is not None and layer >= sparsity.dense_layers:
-                q, key, value = self._read(view, qkv, cache)
-                is_visual = torch.zeros(len(key), dtype=torch.bool, device=q.device)
-                is_visual.index_fill_(0, view.visual, True)
-                mixed[view.rows] = topk_attention(q, key, value, view.places, is_visual, view.counts)
+            if layer < view.dense_layers:
+                continue
+            q, _, _ = dense.kernels.store_kv(
+                qkv=qkv[:, view.rows],
+                positions=dense.batch.positions[:, view.rows],
+                slot_mapping=view.slots.new_full(view.rows.shape, -1),
+                cache=cache,
+                config=dense.config,
+            )
+            key, value = dequantize_kv(cache, view.slots, dtype)
+            is_visual = torch.zeros(len(key), dtype=torch.bool, device=q.device)
+            is_visual.index_fill_(0, view.visual, True)
+            mixed[view.rows] = topk_attention(
+                q=q, key=key, value=value, indices=view.indices, visual=is_visual, counts=view.num_kept
+            )
         return mixed
 
-    def _read(
-        self, view: View, qkv: torch.Tensor, cache: LayerCache
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The view's queries [n, heads, head_dim], keys and values [length, kv_heads, head_dim]."""
-        dense, nowhere = self.dense, view.slots.new_full(view.rows.shape, -1)
-        rows, positions = qkv[:, view.rows], dense.batch.positions[:, view.rows]
-        dtype = dense.cache.dtype
-        q, _, _ = dense.kernels.store_keys(rows, positions, dense.rotary, cache, nowhere, dense.heads, dtype)
-        return q, *decode(cache, view.slots, dtype)
+
+def topk_attention(
+    *,
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    indices: torch.Tensor,
+    visual: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of text tokens to all text keys and the visual keys with the largest weights; ties go to the first.
+
+    Args:
+        q: [n, heads, head_dim], rotated.
+        key, value: [length, kv_heads, head_dim], all keys of the sequence so far.
+        indices: int64 [n], the queries' indices among the keys, which are also the last keys they attend to.
+        visual: bool [length].
+        counts: int64 [n], visual keys that each query keeps.
+
+    Returns:
+        [n, heads * head_dim] in q's dtype.
+    """
+    parts = []
+    for start in range(0, len(q), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        weights = attention_weights(q[chunk], key, indices[chunk])  # [kv_heads, group, CHUNK, length]
+        strength = weights.sum(1).masked_fill(~visual, -1)
+        order = strength.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(len(visual), device=q.device).expand_as(order))
+        dropped = visual & (rank >= counts[chunk, None])
+        weights = weights.masked_fill(dropped.unsqueeze(1), 0)
+        weights /= weights.sum(-1, keepdim=True)
+        mixed = weights @ value.float().transpose(0, 1).unsqueeze(1)
+        parts.append(mixed.permute(2, 0, 1, 3).flatten(1).to(q.dtype))
+    return torch.cat(parts)
 
 
-def find_views(chunks: Seq[Chunk], block_size: int, device: torch.device) -> list[View]:
-    """What looks at images in a pass of these chunks that has no padding."""
+def attention_weights(q: torch.Tensor, key: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The causal attention weights, fp32 [kv_heads, group, n, length]."""
+    kv_heads, size = key.shape[1:]
+    q = q.float().view(len(q), kv_heads, -1, size).permute(1, 2, 0, 3)
+    scores: torch.Tensor = q @ key.float().permute(1, 2, 0).unsqueeze(1) * size**-0.5
+    hidden = torch.arange(len(key), device=key.device) > indices[:, None]
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def find_views(chunks: Seq[Chunk], block_size: int, device: torch.device) -> list[SparseView]:
+    """The views of a pass of these chunks without padding."""
     starts = accumulate((chunk.length for chunk in chunks), initial=0)
     views = (_view(chunk, row, block_size, device) for chunk, row in zip(chunks, starts, strict=False))
     return [view for view in views if view is not None]
 
 
-def _view(chunk: Chunk, row: int, block_size: int, device: torch.device) -> View | None:
-    sequence, sparsity = chunk.sequence, chunk.sequence.sparsity
-    if sparsity is None or not (sparsity.mode == "topk" or sequence.to_thin):
+def _view(chunk: Chunk, row: int, block_size: int, device: torch.device) -> SparseView | None:
+    sequence, sparse = chunk.sequence, chunk.sequence.sparse
+    if sparse is None or sparse.mode != "topk":
         return None
     visual = np.concatenate([np.arange(span.start, span.end) for span in sequence.images])
-    first = sequence.window if sequence.to_thin else int(visual[0])
-    places = np.setdiff1d(np.arange(max(chunk.start, first), chunk.end), visual, assume_unique=True)
-    if not len(places):
+    indices = np.setdiff1d(np.arange(max(chunk.start, int(visual[0])), chunk.end), visual, assume_unique=True)
+    if not len(indices):
         return None
-    before = np.searchsorted(visual, places)
-    counts = [sparsity.kept(count) for count in before.tolist()]
-    slots = key_slots(sequence, block_size, 0, chunk.end)
-    arrays = [places + (row - chunk.start), places, np.array(counts), slots, visual[visual < chunk.end]]
-    return View(sequence, *(sent.long() for sent in send([array.astype(np.int32) for array in arrays], device)))
+    num_before = np.searchsorted(visual, indices)
+    kept = np.array([num_kept(sparse.ratio, count) for count in num_before.tolist()])
+    slots = sequence_slots(sequence, block_size, 0, chunk.end)
+    arrays = [indices + (row - chunk.start), indices, kept, slots, visual[visual < chunk.end]]
+    sent = send([array.astype(np.int32) for array in arrays], device)
+    return SparseView(sparse.dense_layers, *(each.long() for each in sent))

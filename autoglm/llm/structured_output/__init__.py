@@ -1,0 +1,1 @@
+"""Answers constrained by a grammar."""

@@ -1,97 +1,101 @@
-"""What a grammar cannot say of a phone agent's answer: that it ends in time, and that no text looks like its action."""
-
-from __future__ import annotations
+"""Constraints beyond the grammar: the action fits `max_tokens`, and text contains no action marker."""
 
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
 import numpy as np
 
-from autoglm.errors import Exact, invalid
-from autoglm.llm.transfer import Numbers
+from autoglm.errors import invalid
+from autoglm.llm.transfer import Int32Array
 
 TAGS = ("<think>", "</think>", "<answer>")
-# Clients look for the action by these (Open-AutoGLM, phone_agent/model/client.py): they occur where it begins only.
-MARKS = (b"finish(message=", b"do(action=", b"<answer>")
-_BEGINNINGS = frozenset(mark[:length] for mark in MARKS for length in range(1, len(mark)))
-_LONGEST = max(map(len, _BEGINNINGS))
-_ENDS = tuple(mark[length:] for mark in MARKS for length in range(len(mark)))
-# Tokens within which an answer surely ends: from the middle of a character of a thought on, with the rest of it, the
-# tags, and the 52 bytes of the longest action without text (a swipe); from the middle of an action's text on.
+# Clients search the answer for these (Open-AutoGLM, phone_agent/model/client.py): only the action may contain them.
+MARKERS = (b"finish(message=", b"do(action=", b"<answer>")
+_PREFIXES = frozenset(marker[:length] for marker in MARKERS for length in range(1, len(marker)))
+_MAX_PREFIX = max(map(len, _PREFIXES))
+_SUFFIXES = tuple(marker[length:] for marker in MARKERS for length in range(len(marker)))
+# Tokens that suffice to end an answer: from within a thought the rest of a character, the tags, and the 52 bytes of the
+# longest action without text (a swipe); from within the text of an action, its end.
 RESERVE = 64
 TEXT_RESERVE = 8
 
 
 def grammar() -> str:
-    """The answer's form, in llguidance's dialect of Lark."""
+    """The answer's grammar, in llguidance's dialect of Lark."""
     return files("autoglm.llm.structured_output").joinpath("phone_action.lark").read_text(encoding="utf-8")
 
 
 class Rules:
-    """What the masks of one checkpoint's answers are narrowed to."""
+    """The token masks of one checkpoint that restrict its answers."""
 
     def __init__(self, texts: Iterable[bytes], tags: Mapping[str, int]) -> None:
-        """`texts` are the bytes of every token, by id, none of tokens that are no text; `tags` has the ids of TAGS.
+        """
+        Args:
+            texts: the bytes of every token, by id; empty for tokens that are not text.
+            tags: the ids of TAGS.
 
         Raises:
             RequestError: the checkpoint lacks one of TAGS.
         """
         for tag in TAGS:
             if tag not in tags:
-                got = Exact(f"phone_action, but the checkpoint has no token {tag}")
-                raise invalid("response_format", got, "json_object, json_schema")
+                accepted = f"json_object or json_schema for this checkpoint, which has no token {tag}"
+                raise invalid("response_format", "phone_action", accepted)
         self.texts = list(texts)
         self.think, self.end, self.answer = (tags[tag] for tag in TAGS)
-        self.no_more_thought = self._only([self.end])
-        self.no_more_text = self._only(i for i, text in enumerate(self.texts) if text in (b'"', b'")'))
+        self.end_thought = self._only([self.end])
+        self.end_text = self._only(i for i, text in enumerate(self.texts) if text in (b'"', b'")'))
         self.one_byte = self._only(i for i, text in enumerate(self.texts) if len(text) == 1)
-        ends = [i for i, text in enumerate(self.texts) if text.startswith(_ENDS) or any(m in text for m in MARKS)]
-        self.unmarked = {beginning: self._unmarked(beginning, ends) for beginning in (b"", *_BEGINNINGS)}
+        candidates = [
+            i for i, text in enumerate(self.texts) if text.startswith(_SUFFIXES) or any(m in text for m in MARKERS)
+        ]
+        self.unmarked = {prefix: self._unmarked(prefix, candidates) for prefix in (b"", *_PREFIXES)}
 
-    def _only(self, ids: Iterable[int]) -> Numbers:
+    def _only(self, ids: Iterable[int]) -> Int32Array:
         allowed = np.zeros(-(-len(self.texts) // 32) * 32, np.uint8)
         allowed[list(ids)] = 1
         return np.packbits(allowed, bitorder="little").view(np.int32)
 
-    def _unmarked(self, beginning: bytes, ends: list[int]) -> Numbers | None:
-        """The tokens that complete no mark behind a `beginning` of one; None: all. `ends` can complete one."""
-        completing = [i for i in ends if any(mark in beginning + self.texts[i] for mark in MARKS)]
+    def _unmarked(self, prefix: bytes, candidates: list[int]) -> Int32Array | None:
+        """The tokens that complete no marker after `prefix`; None is all. Only `candidates` can complete one."""
+        completing = [i for i in candidates if any(marker in prefix + self.texts[i] for marker in MARKERS)]
         return ~self._only(completing) if completing else None
 
 
-class Course:
-    """One answer on its way to the action's end."""
+class Limiter:
+    """Follows one answer, and restricts its tokens so that it ends in time and contains no marker."""
 
     def __init__(self, rules: Rules, max_tokens: int) -> None:
-        """Raises RequestError where `max_tokens` may be too few for an action."""
+        """Raises RequestError if `max_tokens` may be too few for an action."""
         if max_tokens < RESERVE:
-            raise invalid("max_tokens", max_tokens, f"at least {RESERVE} with response_format phone_action")
+            accepted = f"at least {RESERVE} with response_format phone_action, as must the rest of the context"
+            raise invalid("max_tokens", max_tokens, accepted)
         self._rules = rules
-        self._left = max_tokens
-        self._acts = False
-        # The longest end of the text that begins a mark. None where the action is to begin, which a mark does.
-        self._beginning: bytes | None = b""
+        self._remaining = max_tokens
+        self._in_action = False
+        # The longest suffix of the text that is a prefix of a marker; None at the start of the action, which is one.
+        self._prefix: bytes | None = b""
 
     def accept(self, token_id: int) -> None:
-        self._left -= 1
+        self._remaining -= 1
         if token_id == self._rules.answer:
-            self._acts, self._beginning = True, None
+            self._in_action, self._prefix = True, None
         elif token_id not in (self._rules.think, self._rules.end):
             text = self._rules.texts[token_id]
-            # What lacks its first character is no mark.
-            text = text[1:] if self._beginning is None else self._beginning + text
-            lengths = range(min(len(text), _LONGEST), 0, -1)
-            self._beginning = next((text[-n:] for n in lengths if text[-n:] in _BEGINNINGS), b"")
+            # Skip one character so that the action's own marker does not match.
+            text = text[1:] if self._prefix is None else self._prefix + text
+            lengths = range(min(len(text), _MAX_PREFIX), 0, -1)
+            self._prefix = next((text[-n:] for n in lengths if text[-n:] in _PREFIXES), b"")
 
-    def narrow(self, mask: Numbers) -> None:
-        """Take from `mask`, int32 [words], tokens that the grammar allows. One of them stays at the least."""
-        if self._beginning is not None:
-            unmarked = self._rules.unmarked[self._beginning]
+    def restrict(self, mask: Int32Array) -> None:
+        """Clear bits of `mask`, int32 [words], the tokens that the grammar allows. At least one remains."""
+        if self._prefix is not None:
+            unmarked = self._rules.unmarked[self._prefix]
             if unmarked is not None:
                 mask &= unmarked
-        if self._left <= (TEXT_RESERVE if self._acts else RESERVE):
-            closing = self._rules.no_more_text if self._acts else self._rules.no_more_thought
-            # Within a character, or behind a backslash, nothing closes yet: on by as little as there is.
+        if self._remaining <= (TEXT_RESERVE if self._in_action else RESERVE):
+            closing = self._rules.end_text if self._in_action else self._rules.end_thought
+            # Within a character or after a backslash the text cannot close yet: allow single-byte tokens.
             for only in (closing, self._rules.one_byte):
                 if (mask & only).any():
                     mask &= only

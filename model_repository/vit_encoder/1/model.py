@@ -1,4 +1,4 @@
-"""Adapter: a batch of requests' image files to their embeddings. The work is done in autoglm.vision.encoder."""
+"""Adapter: image files of a batch of requests to embeddings. See autoglm.vision.encoder."""
 
 import time
 from typing import Any
@@ -11,9 +11,9 @@ from torch.utils.dlpack import to_dlpack
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import checkpoint_directory, load_config
 from autoglm.device import choose_device
-from autoglm.errors import ErrorCode, Exact, RequestError, invalid
+from autoglm.errors import ErrorCode, RequestError, Verbatim, invalid
 from autoglm.media.image_file import ImageFile
-from autoglm.serving.metrics import VISION_CACHE, Publisher
+from autoglm.serving.metrics import VISION_CACHE, MetricsPublisher
 from autoglm.serving.triton_server import error_response, log_to_triton
 from autoglm.vision.encoder import VisionEncoder
 from autoglm.weights.cache import WeightCache
@@ -23,7 +23,7 @@ INPUTS = ("IMAGE_FILES", "IMAGE_GRIDS", "IMAGE_HASHES", "IMAGE_NAMES")
 
 
 class TritonPythonModel:
-    """One process per instance; Triton's dynamic batcher gathers the requests of one call."""
+    """One process per instance. Triton's dynamic batcher gathers the requests of a call."""
 
     def initialize(self, args: dict[str, str]) -> None:
         log_to_triton(pb_utils)
@@ -32,10 +32,10 @@ class TritonPythonModel:
         checkpoint = Checkpoint.open(checkpoint_directory())
         weights = WeightCache.from_config(config.weight_cache)
         self.encoder = VisionEncoder(checkpoint, config.vision, config.limits, device, dtype, weights)
-        self.publisher = Publisher(pb_utils, self.encoder.cache.stats, VISION_CACHE, {"device": str(device)})
+        self.publisher = MetricsPublisher(pb_utils, self.encoder.cache.stats, VISION_CACHE, {"device": str(device)})
 
     def execute(self, requests: list[Any]) -> None:
-        """Answers each request when its images are embedded: a text alone waits for nobody's."""
+        """Responds to each request as soon as its own images are encoded."""
         started = time.perf_counter()
         waiting: dict[int, tuple[Any, list[ImageFile]]] = {}
         for request in requests:
@@ -49,7 +49,7 @@ class TritonPythonModel:
                 response = _response(result, started)
                 sender, _ = waiting.pop(index)
                 sender.send(response, FINAL)
-        except Exception as error:  # whatever has happened, every request must be answered, and none twice
+        except Exception as error:  # every request must get exactly one response
             for sender, _ in waiting.values():
                 sender.send(error_response(pb_utils, error), FINAL)
 
@@ -71,15 +71,15 @@ def _response(result: torch.Tensor | RequestError, started: float) -> Any:
 
 
 def _read(request: Any) -> list[ImageFile] | RequestError:
-    """The images of one request, or why they cannot be used."""
+    """The images of one request, or the reason to reject it."""
     if request.is_cancelled():
-        return RequestError("cancelled before its images were encoded", ErrorCode.CANCELLED)
+        return RequestError("the request was cancelled before its images were encoded", ErrorCode.CANCELLED)
     inputs = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS]
     shapes = [list(array.shape) for array in inputs]
-    allowed = [[1, inputs[0].shape[1], 3] if name == "IMAGE_GRIDS" else [1, inputs[0].shape[1]] for name in INPUTS]
-    if shapes != allowed:
-        return invalid(", ".join(INPUTS), Exact(shapes), f"such as {allowed}")
+    expected = [[1, inputs[0].shape[1], 3] if name == "IMAGE_GRIDS" else [1, inputs[0].shape[1]] for name in INPUTS]
+    if shapes != expected:
+        return invalid(", ".join(INPUTS), Verbatim(shapes), f"of the shapes {expected}")
     return [
-        ImageFile(data, (int(t), int(h), int(w)), digest.decode(), name.decode())
-        for data, (t, h, w), digest, name in zip(*(array[0] for array in inputs), strict=True)
+        ImageFile(data, (int(t), int(h), int(w)), media_hash.decode(), name.decode())
+        for data, (t, h, w), media_hash, name in zip(*(array[0] for array in inputs), strict=True)
     ]

@@ -1,22 +1,20 @@
-"""That everyone can use the page: keyboard, sizes, colours, motion, languages."""
-
-from __future__ import annotations
+"""Accessibility: keyboard, sizes, colours, motion, languages."""
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.gateway.playground.stand_in import Answer, StandIn
+from tests.gateway.playground.fake_gateway import FakeGateway, ScriptedAnswer
 from tests.gateway.playground.using import BACK, TAP, Open, answered, ask, box_of, choose
 
 
-def test_works_by_keyboard_alone(page: Page, server: StandIn) -> None:
+def test_can_be_used_with_the_keyboard_alone(page: Page, fake_gateway: FakeGateway) -> None:
     choose(page, "launcher.png")
     expect(page.locator("#words")).to_be_focused()
     page.keyboard.type("two")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("lines")
     assert page.input_value("#words") == "two\nlines"
-    server.will(BACK)
+    fake_gateway.will_answer(BACK)
     page.keyboard.press("Enter")
     expect(page.locator(".chip")).to_be_visible()
     page.get_by_role("button", name="New task").focus()
@@ -28,14 +26,16 @@ def test_works_by_keyboard_alone(page: Page, server: StandIn) -> None:
             """[getComputedStyle(document.activeElement).outlineStyle,
                 getComputedStyle(document.activeElement.parentElement).boxShadow]"""
         )
-        assert outline != "none" or border != "none", reached[-1]  # the field's ring is that of the bar around it
+        assert outline != "none" or border != "none", reached[
+            -1
+        ]  # the focus ring of the text field is drawn by its parent
     assert reached == ["", "Raw answer", "Choose a screenshot", "", "Record the task", "Send", "Options"]
 
 
 UNNAMED = """() => [...document.querySelectorAll("button, input:not([hidden]), textarea, select, summary")]
     .filter((node) => !(node.ariaLabel || node.textContent.trim() || node.labels?.[0]?.textContent.trim()))
     .map((node) => node.outerHTML)"""
-# The contrast of every text with the nearest ground behind it, as WCAG 2 defines it.
+# Texts with too little contrast to the nearest background, as defined by WCAG 2.
 FAINT = """() => {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
     const color = (css) => {
@@ -62,10 +62,10 @@ FAINT = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1180])
-def test_fits_and_is_legible(opened: Open, server: StandIn, scheme: str, width: int) -> None:
+def test_fits_and_is_legible(opened: Open, fake_gateway: FakeGateway, scheme: str, width: int) -> None:
     page = opened(color_scheme=scheme, viewport={"width": width, "height": 740})
-    server.will(Answer(f"{TAP} {'长' * 200}"))
-    server.will(Answer(status=400, error={"message": "x" * 200}))
+    fake_gateway.will_answer(ScriptedAnswer(f"{TAP} {'长' * 200}"))
+    fake_gateway.will_answer(ScriptedAnswer(status=400, error={"message": "x" * 200}))
     choose(page, "launcher.png")
     answered(page, "打开设置")
     expect(ask(page, "word " * 40).get_by_role("alert")).to_be_visible()
@@ -79,18 +79,18 @@ def test_fits_and_is_legible(opened: Open, server: StandIn, scheme: str, width: 
     assert page.evaluate("document.getAnimations().length") == 0
 
 
-def test_moves_only_for_those_who_like_it(opened: Open, server: StandIn) -> None:
+def test_animations_run_only_if_reduced_motion_is_off(opened: Open, fake_gateway: FakeGateway) -> None:
     page = opened(reduced_motion="no-preference")
-    server.will(TAP)
+    fake_gateway.will_answer(TAP)
     choose(page, "launcher.png")
     answered(page, "打开设置")
     assert page.evaluate("document.getAnimations().length") > 0
 
 
-def test_speaks_chinese(opened: Open, server: StandIn) -> None:
+def test_is_shown_in_chinese(opened: Open, fake_gateway: FakeGateway) -> None:
     page = opened(locale="zh-CN")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
-    server.will(TAP)
+    fake_gateway.will_answer(TAP)
     step = ask(page, "打开设置")
     expect(step.locator(".chip")).to_have_text("点击 626, 200")
     untranslated = page.evaluate(

@@ -1,6 +1,4 @@
-"""The page reads answers as the Python client does."""
-
-from __future__ import annotations
+"""The page parses answers as the Python client does."""
 
 import random
 from typing import Any
@@ -18,8 +16,8 @@ READ = """async (texts) => {
 }"""
 
 
-def read_by_python(text: str) -> dict[str, Any] | None:
-    """The action as the page's parser gives it, by the Python parser."""
+def parse_in_python(text: str) -> dict[str, Any] | None:
+    """The action found by the Python parser, in the format of the page's parser."""
     try:
         action = parse(text).action
     except ActionError:
@@ -28,16 +26,16 @@ def read_by_python(text: str) -> dict[str, Any] | None:
     return {"name": action.NAME, **values}
 
 
-def test_reads_actions_as_the_python_client_does(page: Page) -> None:
+def test_parses_actions_as_the_python_client_does(page: Page) -> None:
     texts = [*dict(ACTIONS), *dict(THOUGHTS), *(text for text, _, _ in FAULTS)]
     texts += [f'do(action="Type", text={written})' for written, _ in STRINGS]
     texts += [f"<think>a</think>\n<answer>finish(message={written}) </answer> " for written, _ in STRINGS]
     random.seed(0)
-    for text in texts * 20:  # cut, doubled and mixed up somewhere
+    for text in texts * 20:  # with parts removed or repeated at random
         start, end = sorted(random.choices(range(len(text) + 1), k=2))
         texts.append(random.choice((text[:start] + text[end:], text[:end] + text[start:], text[:end])))
     for text, found in zip(texts, page.evaluate(READ, texts), strict=True):
-        assert found["action"] == read_by_python(text), text
+        assert found["action"] == parse_in_python(text), text
         if found["action"]:
             assert found["thought"] == parse(text).thought
         else:

@@ -1,6 +1,4 @@
-"""What a person does with the playground."""
-
-from __future__ import annotations
+"""A user's actions on the playground."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +12,13 @@ Open = Callable[..., Page]
 
 
 def choose(page: Page, name: str) -> None:
-    """Take one of the demo's screenshots."""
+    """Choose one of the demo's screenshots."""
     page.set_input_files("#file", SAMPLES / name)
     expect(page.locator("#shot")).to_be_visible()
 
 
 def ask(page: Page, words: str) -> Locator:
-    """Type, press Enter; the new step on the page."""
+    """Type a task and press Enter. Returns the new step."""
     step = page.locator(".step").nth(page.locator(".step").count())
     page.fill("#words", words)
     page.keyboard.press("Enter")
@@ -29,14 +27,14 @@ def ask(page: Page, words: str) -> Locator:
 
 
 def answered(page: Page, words: str) -> Locator:
-    """The same, and wait for the answer's end."""
+    """Like `ask`, but wait for the end of the answer."""
     step = ask(page, words)
     expect(step.locator(".measures")).to_be_visible()
     return step
 
 
 def box_of(locator: Locator) -> FloatRect:
-    """Where an element that can be seen lies, in pixels of the page."""
+    """Position and size of a visible element, in pixels of the page."""
     box = locator.bounding_box()
     assert box is not None
     return box

@@ -1,4 +1,4 @@
-"""The playground as the gateway serves it, in front of a real server."""
+"""The playground of a gateway to a real server."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The README's pictures of the playground, taken of a running gateway in front of the demo checkpoint.
+"""Takes the documentation's pictures of the playground, from a running gateway with the demo checkpoint.
 
     python -m tests.gateway.playground_served.pictures http://127.0.0.1:8080
 
@@ -15,14 +15,14 @@ from tests.gateway.playground.conftest import ARGUMENTS, CHROMIUM
 from tests.gateway.playground.using import answered, choose
 
 DOCS = Path(__file__).parents[3] / "docs"
-STEPS = {  # of the demo's screens, the last one answered with a tap
+STEPS = {  # screenshots and tasks of the demo; the last answer is a tap
     "light": {"form.png": "Type hello world in Email", "toolbar.png": "open Settings"},
     "dark": {"search.png": "输入火锅", "launcher.png": "打开设置"},
 }
 
 
 def take(browser: Browser, address: str, scheme: Literal["light", "dark"], path: Path) -> None:
-    """A picture of the page, in the colours of `scheme`, after a task of two steps that were really answered."""
+    """A picture of the page in a colour scheme, after a task of two steps."""
     context = browser.new_context(
         locale="en-US", viewport={"width": 1120, "height": 760}, color_scheme=scheme, reduced_motion="reduce"
     )

@@ -1,4 +1,4 @@
-"""Whatever a model likes best, an answer keeps to its grammar, and a phone's action ends in time."""
+"""Answers follow their grammar whichever allowed tokens are chosen, and phone actions end within max_tokens."""
 
 import ast
 import json
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import llguidance
 import numpy as np
@@ -25,13 +26,13 @@ from tests.checkpoints import make_tokenizer
 ACTION = '{"type":"phone_action"}'
 OBJECT = '{"type":"json_object"}'
 DEMO = Path(__file__).parents[3] / "demo" / "checkpoint"
-PADDING = 30  # ids of the vocabulary behind the tokenizer's
+PADDING = 30  # ids of the vocabulary after those of the tokenizer
 ENDS = ("<|endoftext|>", "<|user|>", "</answer>")
 Choose = Callable[[list[int]], int]
 
 
 class Model:
-    """A tokenizer with its grammars."""
+    """A tokenizer and its grammars."""
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -52,18 +53,18 @@ class Model:
         bits = np.unpackbits(token_masks([matcher], self.vocab_size).view(np.uint8), bitorder="little")
         return [int(token) for token in np.flatnonzero(bits[: self.vocab_size])]
 
-    def write(self, wanted: str, choose: Choose, max_tokens: int, forced: bool = False) -> list[int]:
-        """An answer; `forced` tokens are taken as the grammar gives them."""
-        matcher, ids = self.grammars.matcher(wanted, max_tokens), list[int]()
+    def write(self, response_format: str, choose: Choose, max_tokens: int, forced: bool = False) -> list[int]:
+        """A random answer. forced: append the tokens that the grammar forces without choosing."""
+        matcher, ids = self.grammars.matcher(response_format, max_tokens), list[int]()
         while not matcher.done and len(ids) < max_tokens:
             for token in (matcher.forced() if forced else []) or [choose(self.allowed(matcher))]:
                 matcher.accept(token)
                 ids.append(token)
         return ids
 
-    def takes(self, wanted: str, text: str, max_tokens: int = 1000) -> bool:
-        """Whether the masks let `text` through, and end with it."""
-        matcher = self.grammars.matcher(wanted, max_tokens)
+    def accepts(self, response_format: str, text: str, max_tokens: int = 1000) -> bool:
+        """Whether the masks allow `text` and the answer is complete after it."""
+        matcher = self.grammars.matcher(response_format, max_tokens)
         for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
             if token not in self.allowed(matcher):
                 return False
@@ -83,10 +84,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def phone_agent(content: str) -> dict[str, Any]:
-    """What Open-AutoGLM reads, in its steps: phone_agent/model/client.py, then parse_action of actions/handler.py."""
-    for mark in ("finish(message=", "do(action=", "<answer>"):
-        if mark in content:
-            action = (mark if mark != "<answer>" else "") + content.split(mark, 1)[1]
+    """The action that Open-AutoGLM reads (phone_agent/model/client.py, then parse_action of actions/handler.py)."""
+    for marker in ("finish(message=", "do(action=", "<answer>"):
+        if marker in content:
+            action = (marker if marker != "<answer>" else "") + content.split(marker, 1)[1]
             break
     else:
         action = content
@@ -102,10 +103,10 @@ def phone_agent(content: str) -> dict[str, Any]:
 
 
 def check(text: str) -> str:
-    """Both clients read the same action; returns its name."""
+    """Check that both clients read the same action; returns its name."""
     assert re.fullmatch(r"(?s:<think>.*</think>\n?)?<answer>(?s:.*)", text)
     ours, theirs = parse(text).action, phone_agent(text)
-    if ours.NAME not in ("Type", "Type_Name", "finish"):  # of these the agent takes the text as it is written
+    if ours.NAME not in ("Type", "Type_Name", "finish"):  # their text is read literally
         assert theirs == {"action": ours.NAME, **{k: _plain(v) for k, v in ours.arguments().items()}}
     else:
         assert theirs["action"] == ours.NAME.removesuffix("_Name")
@@ -121,12 +122,12 @@ def _plain(value: Any) -> Any:
 def test_every_random_answer_is_an_action(model: Model, greedy: bool, forced: bool) -> None:
     rng = np.random.default_rng(greedy + 2 * forced)
     seen: dict[str, int] = {}
-    for _ in range(250):
-        likes = rng.standard_normal(model.vocab_size)
+    for _ in range(125):
+        scores = rng.standard_normal(model.vocab_size)
         max_tokens = int(rng.choice([RESERVE, RESERVE + 1, 100, 150]))
 
-        def choose(allowed: list[int], likes: Any = likes) -> int:
-            return allowed[int(likes[allowed].argmax())] if greedy else int(rng.choice(allowed))
+        def choose(allowed: list[int], scores: Any = scores) -> int:
+            return allowed[int(scores[allowed].argmax())] if greedy else int(rng.choice(allowed))
 
         ids = model.write(ACTION, choose, max_tokens, forced)
         assert len(ids) <= max_tokens
@@ -136,10 +137,10 @@ def test_every_random_answer_is_an_action(model: Model, greedy: bool, forced: bo
 
 
 def _alphabet() -> dict[int, str]:
-    """Bytes as tokenizers write them."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+    """The characters of byte-level tokenizers."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 _ALPHABET = _alphabet()
@@ -149,8 +150,8 @@ _TAP = 'do(action="Tap", element=[999, 999], message="'
 
 @pytest.mark.parametrize("end", [_SWIPE, _TAP + "no end" * 40, _TAP + "\\\\" * 90, _TAP + "👩" * 50 + "\\"])
 @pytest.mark.parametrize("max_tokens", [RESERVE, RESERVE + 1, *range(RESERVE + 20, RESERVE + 26)])
-def test_the_slowest_answer_ends_in_time(model: Model, end: str, max_tokens: int) -> None:
-    """One that is written byte by byte, and a tag only where nothing else may be."""
+def test_the_longest_answer_ends_within_max_tokens(model: Model, end: str, max_tokens: int) -> None:
+    """It is written byte by byte, with a tag only where nothing else is allowed."""
     matcher = model.grammars.matcher(ACTION, max_tokens)
     ids = [model.id("<think>")]
     matcher.accept(ids[0])
@@ -173,22 +174,23 @@ def test_the_slowest_answer_ends_in_time(model: Model, end: str, max_tokens: int
 
 
 @pytest.mark.parametrize("model", ["small"], indirect=True)
-def test_quotes_that_end_nothing_do_not_go_on_for_ever(model: Model) -> None:
-    liked = [model.id(token) for token in ('"\\', "\\")]
+def test_escaped_quotes_do_not_prevent_the_end(model: Model) -> None:
+    preferred = [model.id(token) for token in ('"\\', "\\")]
     matcher = model.grammars.matcher(ACTION, RESERVE)
     ids = model.tokenizer.encode('<answer>do(action="Note", message="', add_special_tokens=False).ids
     for token in ids:
         matcher.accept(token)
     while not matcher.done:
         allowed = model.allowed(matcher)
-        ids.append(next((token for token in liked if token in allowed), allowed[0]))
+        ids.append(next((token for token in preferred if token in allowed), allowed[0]))
         matcher.accept(ids[-1])
     assert len(ids) <= RESERVE
     check(model.text(ids))
 
 
-def test_too_few_tokens_are_refused(model: Model) -> None:
-    with pytest.raises(RequestError, match=f"^max_tokens: got {RESERVE - 1}; allowed: at least {RESERVE} with respon"):
+def test_too_small_max_tokens_are_rejected(model: Model) -> None:
+    message = rf"^max_tokens must be at least {RESERVE} with response_format phone_action, .* \(got {RESERVE - 1}\)$"
+    with pytest.raises(RequestError, match=message):
         model.grammars.matcher(ACTION, RESERVE - 1)
     assert not model.grammars.matcher(OBJECT, 1).done
 
@@ -204,15 +206,15 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("action", EXAMPLES, ids=lambda action: action.NAME)
-def test_every_action_of_the_language_can_be_written(model: Model, action: actions.Action) -> None:
+def test_every_action_can_be_written(model: Model, action: actions.Action) -> None:
     for thought in ("", "<think></think>", f"<think>{THOUGHTS['zh']['visible']} a=b <b>\n</think>\n"):
         text = f"{thought}<answer>{action}"
-        assert model.takes(ACTION, text)
+        assert model.accepts(ACTION, text)
         assert parse(text).action == action
 
 
-def test_the_examples_are_all_kinds() -> None:
-    assert {type(action) for action in EXAMPLES} == {*actions.KINDS, actions.Finish}
+def test_the_examples_contain_every_kind_of_action() -> None:
+    assert {type(action) for action in EXAMPLES} == set(actions.KINDS.values())
 
 
 @pytest.mark.parametrize(
@@ -239,23 +241,23 @@ def test_the_examples_are_all_kinds() -> None:
         '<answer>do(action="Type", text="finish(message=")',
     ],
 )
-def test_what_is_no_answer_cannot_be_written(model: Model, text: str) -> None:
-    assert not model.takes(ACTION, text)
+def test_invalid_actions_cannot_be_written(model: Model, text: str) -> None:
+    assert not model.accepts(ACTION, text)
 
 
-@pytest.mark.parametrize("mark", ["finish(message=", "do(action=", "<answer>"])
+@pytest.mark.parametrize("marker", ["finish(message=", "do(action=", "<answer>"])
 @pytest.mark.parametrize("before", ["<think>", '<answer>do(action="Type", text="', '<answer>finish(message="'])
-def test_no_text_spells_a_mark(model: Model, before: str, mark: str) -> None:
-    """However it is cut into tokens, and behind what looks like its beginning."""
-    for text in (mark, f"fin{mark}", f"dofinish(<an{mark}"):
-        for cut in range(len(text) - len(mark) + 1, len(text)):
+def test_text_cannot_contain_a_marker(model: Model, before: str, marker: str) -> None:
+    """However it is split into tokens, and after text that resembles its beginning."""
+    for text in (marker, f"fin{marker}", f"dofinish(<an{marker}"):
+        for cut in range(len(text) - len(marker) + 1, len(text)):
             matcher = model.grammars.matcher(ACTION, 500)
             for piece in (before, text[:cut]):
                 for token in model.tokenizer.encode(piece, add_special_tokens=False).ids:
                     matcher.accept(token)
             texts = [model.text([token]) for token in model.allowed(matcher) if token < model.vocab_size - PADDING]
             assert len(texts) > 100
-            assert not any(written.startswith(text[cut:]) for written in texts if written not in phone_action.TAGS)
+            assert not any(each.startswith(text[cut:]) for each in texts if each not in phone_action.TAGS)
 
 
 def test_forced_tokens_are_those_of_the_tokenizer(model: Model) -> None:
@@ -270,7 +272,7 @@ def test_forced_tokens_are_those_of_the_tokenizer(model: Model) -> None:
     assert model.text(matcher.forced()) == following
 
 
-def test_masks_of_many_are_those_of_each(model: Model) -> None:
+def test_masks_of_a_batch_equal_those_of_each_matcher(model: Model) -> None:
     matchers: list[Matcher | None] = [None]
     for index in range(8):
         matcher = model.grammars.matcher((ACTION, OBJECT)[index % 2], 100)
@@ -286,19 +288,21 @@ def test_masks_of_many_are_those_of_each(model: Model) -> None:
     assert token_masks([], model.vocab_size).shape == (0, masks.shape[1])
 
 
-@pytest.mark.parametrize("wanted", [ACTION, OBJECT])
-def test_text_holds_no_added_token_and_no_padding(model: Model, wanted: str) -> None:
-    matcher = model.grammars.matcher(wanted, 100)
-    for token in model.tokenizer.encode("<think>" if wanted == ACTION else '{"a', add_special_tokens=False).ids:
+@pytest.mark.parametrize("response_format", [ACTION, OBJECT])
+def test_text_contains_neither_added_tokens_nor_padding(model: Model, response_format: str) -> None:
+    matcher = model.grammars.matcher(response_format, 100)
+    for token in model.tokenizer.encode(
+        "<think>" if response_format == ACTION else '{"a', add_special_tokens=False
+    ).ids:
         matcher.accept(token)
     first = model.tokenizer.get_vocab_size(with_added_tokens=False)
     allowed = [token for token in model.allowed(matcher) if token >= first]
-    assert allowed == ([model.id("</think>")] if wanted == ACTION else [])
+    assert allowed == ([model.id("</think>")] if response_format == ACTION else [])
 
 
-def test_a_refused_token_is_an_error(model: Model) -> None:
+def test_a_rejected_token_is_an_error(model: Model) -> None:
     matcher = model.grammars.matcher(OBJECT, 100)
-    with pytest.raises(RuntimeError, match="the grammar refuses token"):
+    with pytest.raises(RuntimeError, match="the grammar rejects token"):
         matcher.accept(model.id("<think>"))
     assert not matcher.done
 
@@ -308,18 +312,17 @@ def _schema(schema: dict[str, Any]) -> str:
 
 
 def _short(model: Model, rng: np.random.Generator) -> Choose:
-    """Likes what closes: random text goes on for ever."""
-    closing = {token for token, id_ in model.tokenizer.get_vocab().items() if re.fullmatch(r'["\]}:]+', token)}
-    ids = {model.id(token) for token in closing}
+    """Prefers tokens that close JSON values: uniformly random text would hardly end."""
+    closing = {id_ for token, id_ in model.tokenizer.get_vocab().items() if re.fullmatch(r'["\]}:]+', token)}
 
     def choose(allowed: list[int]) -> int:
-        liked = [token for token in allowed if token in ids]
-        return int(rng.choice(liked if liked and rng.random() < 0.8 else allowed))
+        preferred = [token for token in allowed if token in closing]
+        return int(rng.choice(preferred if preferred and rng.random() < 0.8 else allowed))
 
     return choose
 
 
-def test_json_is_json(model: Model) -> None:
+def test_json_objects_can_be_parsed(model: Model) -> None:
     rng = np.random.default_rng(5)
     read = 0
     for _ in range(40):
@@ -330,8 +333,8 @@ def test_json_is_json(model: Model) -> None:
     assert read > 20
 
 
-def test_json_keeps_to_its_schema(model: Model) -> None:
-    wanted = _schema(
+def test_json_matches_its_schema(model: Model) -> None:
+    response_format = _schema(
         {
             "type": "object",
             "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 999}, "kind": {"enum": ["tap", "你"]}},
@@ -341,60 +344,51 @@ def test_json_keeps_to_its_schema(model: Model) -> None:
     )
     rng = np.random.default_rng(6)
     for _ in range(40):
-        ids = model.write(wanted, _short(model, rng), 1000)
+        ids = model.write(response_format, _short(model, rng), 1000)
         value = json.loads(model.text(ids))
         assert list(value) == ["x", "kind"] and value["kind"] in ("tap", "你") and 0 <= value["x"] <= 999
 
 
 @pytest.mark.parametrize("schema", [{"type": "objekt"}, {"not": {}}, {"type": "string", "pattern": "(("}, {"enum": []}])
-def test_schemas_without_a_grammar_are_refused(model: Model, schema: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"^response_format: no grammar can be made of it: "):
+def test_schemas_without_a_grammar_are_rejected(model: Model, schema: dict[str, Any]) -> None:
+    accepted = r"made of supported keywords \(got \"not\"\)$" if "not" in schema else "satisfiable, with known types"
+    with pytest.raises(RequestError, match=rf"^response_format\.json_schema\.schema must be {accepted}"):
         model.grammars.matcher(_schema(schema), 100)
 
 
-def test_few_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-    made = grammar._compile
-
-    def compile_(tokenizer: Any, wanted: str) -> Any:
-        compiled.append(wanted)
-        return made(tokenizer, wanted)
-
-    monkeypatch.setattr(grammar, "_compile", compile_)
-    monkeypatch.setattr(grammar, "COMPILED", 2)
+def test_the_least_recently_used_grammar_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Mock(wraps=llguidance.LLMatcher)
+    monkeypatch.setattr(grammar, "LLMatcher", compiler)
+    monkeypatch.setattr(grammar, "MAX_COMPILED", 2)
     grammars = Model(DEMO).grammars
     one, two, three = (_schema({"enum": [name]}) for name in "abc")
     first = grammars.matcher(one, 9)
     first.accept(first.forced()[0])
-    assert grammars.matcher(one, 9).forced() != first.forced()  # at its beginning, whatever others do
-    for wanted in (two, one, three, one, two):
-        grammars.matcher(wanted, 9)
-    assert compiled == [one, two, three, two]
+    assert grammars.matcher(one, 9).forced() != first.forced()  # a new answer starts at the beginning
+    for response_format in (two, one, three, one, two):
+        grammars.matcher(response_format, 9)
+    compiled = [call.args[0]["enum"] for call in compiler.grammar_from_json_schema.call_args_list]
+    assert compiled == [["a"], ["b"], ["c"], ["b"]]
 
 
 def test_threads_share_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = list[str]()
-    made = llguidance.LLTokenizer
-
-    def read_tokenizer(text: str, **options: Any) -> Any:
-        read.append(text)
-        return made(text, **options)
-
-    monkeypatch.setattr(grammar, "LLTokenizer", read_tokenizer)
+    read = Mock(wraps=llguidance.LLTokenizer)
+    monkeypatch.setattr(grammar, "LLTokenizer", read)
     model = Model(DEMO)
     with ThreadPoolExecutor(8) as pool:
         matchers = list(pool.map(lambda i: model.grammars.matcher((ACTION, OBJECT)[i % 2], 100), range(32)))
-    assert len(read) == 1
+    assert read.call_count == 1
     masks = token_masks(matchers, model.vocab_size)
     assert all((masks[row] == masks[row % 2]).all() for row in range(32))
 
 
-def test_checkpoints_without_the_tags_have_no_actions(tmp_path: Path) -> None:
+def test_phone_actions_are_rejected_for_checkpoints_without_the_tags(tmp_path: Path) -> None:
     description = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
     for token in description["added_tokens"]:
         token["content"] = token["content"].replace("<answer>", "<reply>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     grammars = Grammars(tmp_path, 2600, [2546])
-    with pytest.raises(RequestError, match=r"^response_format: got phone_action, but the checkpoint has no .*<answer>"):
+    message = r"^response_format must be json_object or json_schema for .* no token <answer> \(got 'phone_action'\)$"
+    with pytest.raises(RequestError, match=message):
         grammars.matcher(ACTION, 100)
     assert not grammars.matcher(OBJECT, 100).done

@@ -1,6 +1,4 @@
-"""An HTTP server that hands out the playground and answers as the gateway does, with answers told beforehand."""
-
-from __future__ import annotations
+"""An HTTP server that serves the playground and answers requests in the gateway's format from a script."""
 
 import json
 import queue
@@ -13,22 +11,21 @@ from types import TracebackType
 from typing import Any
 
 from gateway.playground import HEADERS, STATIC
-from gateway.responses import Usage
+from gateway.responses import CompletionUsage
 
-# In the gateway's own shape, so that the page cannot expect another.
-USAGE = Usage(
+USAGE = CompletionUsage(
     prompt_tokens=3391,
     completion_tokens=20,
     cached_tokens=3072,
     timings={"queue_ms": 2.1, "preprocess_ms": 9.0, "vision_ms": 38.4, "prefill_ms": 21.2, "decode_ms": 95.7},
-).shape()
+).to_dict()
 
 
 @dataclass
-class Answer:
+class ScriptedAnswer:
     """One answer: a stream of `text` with `usage`, or an error.
 
-    The stream stops before `text[pause]` until `go_on` is set. `broken`: the connection ends without [DONE].
+    The stream stops before `text[pause]` until `resume` is set. `broken`: the connection ends without [DONE].
     `error` is sent as the body when `status` is not 200, else as an event of the stream.
     """
 
@@ -41,40 +38,40 @@ class Answer:
     status: int = 200
     error: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    go_on: threading.Event = field(default_factory=threading.Event)
-    gone: threading.Event = field(default_factory=threading.Event)  # the client closed the connection
+    resume: threading.Event = field(default_factory=threading.Event)
+    disconnected: threading.Event = field(default_factory=threading.Event)  # the client closed the connection
 
     def __post_init__(self) -> None:
         if self.pause is None:
-            self.go_on.set()
+            self.resume.set()
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request as it came."""
+class RecordedRequest:
+    """A request that was received."""
 
     body: dict[str, Any]
     key: str | None
 
 
-class StandIn:
-    """Serves on 127.0.0.1, on a free port, while its `with` block lasts; `key` is asked for when it is not None."""
+class FakeGateway:
+    """Serves on 127.0.0.1, on a free port, inside its `with` block. `key` is required unless it is None."""
 
     def __init__(self) -> None:
         self.key: str | None = None
-        self.answers: queue.Queue[Answer] = queue.Queue()
-        self.asked: list[Asked] = []
+        self.answers: queue.Queue[ScriptedAnswer] = queue.Queue()
+        self.requests: list[RecordedRequest] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._http.server_port}/"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
 
-    def will(self, answer: Answer | str) -> Answer:
-        """Tell the answer to the next request."""
-        answer = Answer(answer) if isinstance(answer, str) else answer
+    def will_answer(self, answer: ScriptedAnswer | str) -> ScriptedAnswer:
+        """Script the answer to the next request."""
+        answer = ScriptedAnswer(answer) if isinstance(answer, str) else answer
         self.answers.put(answer)
         return answer
 
-    def __enter__(self) -> StandIn:
+    def __enter__(self) -> "FakeGateway":
         self._thread.start()
         return self
 
@@ -87,7 +84,7 @@ class StandIn:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    def __init__(self, owner: StandIn, *args: Any) -> None:
+    def __init__(self, owner: FakeGateway, *args: Any) -> None:
         self.owner = owner
         super().__init__(*args, directory=str(STATIC))
 
@@ -102,15 +99,15 @@ class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/v1/models":
             super().do_GET()
-        elif self._known():
+        elif self._has_valid_key():
             self._json(200, {"object": "list", "data": [{"id": "autoglm-phone-9b", "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
-        if not self._known():
+        if not self._has_valid_key():
             return
-        self.owner.asked.append(Asked(body, self.headers["Authorization"]))
+        self.owner.requests.append(RecordedRequest(body, self.headers["Authorization"]))
         answer = self.owner.answers.get(timeout=10)
         if answer.status != 200:
             self._json(answer.status, {"error": answer.error}, answer.headers)
@@ -121,16 +118,16 @@ class _Handler(SimpleHTTPRequestHandler):
         try:
             self._stream(answer)
         except OSError:
-            answer.gone.set()
+            answer.disconnected.set()
 
-    def _stream(self, answer: Answer) -> None:
+    def _stream(self, answer: ScriptedAnswer) -> None:
         first = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
         self._event(first | ({"transcripts": answer.transcripts} if answer.transcripts else {}))
         at = 0
         while at < len(answer.text):
             if answer.pause is not None and at >= answer.pause:
-                while not answer.go_on.wait(0.05):
-                    self.wfile.write(b": still here\n\n")
+                while not answer.resume.wait(0.05):
+                    self.wfile.write(b": keep-alive\n\n")
             piece = answer.text[at : at + 3]
             at += len(piece)
             self._event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
@@ -145,16 +142,17 @@ class _Handler(SimpleHTTPRequestHandler):
     def _event(self, chunk: Mapping[str, Any]) -> None:
         common = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "autoglm-phone-9b"}
         event = f"data: {json.dumps({**common, **chunk}, ensure_ascii=False)}\n\n".encode()
-        middle = len(event) // 2  # a chunk's end is no event's end, nor a character's
+        middle = len(event) // 2  # chunks do not end at the ends of events or characters
         for part in (event[:middle], event[middle:]):
             self.wfile.write(part)
             self.wfile.flush()
 
-    def _known(self) -> bool:
-        known = self.owner.key is None or self.headers["Authorization"] == f"Bearer {self.owner.key}"
-        if not known:
-            self._json(401, {"error": {"message": "API key: missing or unknown", "type": "authentication_error"}})
-        return known
+    def _has_valid_key(self) -> bool:
+        valid = self.owner.key is None or self.headers["Authorization"] == f"Bearer {self.owner.key}"
+        if not valid:
+            message = "Authorization: invalid API key; send 'Authorization: Bearer <key>'"
+            self._json(401, {"error": {"message": message, "type": "invalid_request_error"}})
+        return valid
 
     def _json(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         data = json.dumps(body).encode()

@@ -1,4 +1,4 @@
-"""The ensemble called with plain tritonclient, so that nothing of the project's own client is between."""
+"""Calls the ensemble with plain tritonclient, without the project's own client."""
 
 import json
 import queue
@@ -40,7 +40,7 @@ def bytes_input(name: str, values: Sequence[bytes | str]) -> grpc.InferInput:
 
 
 class Call:
-    """One request on a stream of its own; `result` waits for its end."""
+    """One request on its own stream; `result` waits for its end."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ def ask(server: TritonServer, inputs: Mapping[str, Sequence[bytes | str]], **par
 
 
 def metric(server: TritonServer, name: str) -> float:
-    """The present value of one of our metrics, over all instances."""
+    """The current value of one of our metrics, summed over all instances."""
     return sum(metrics(server, name))
 
 
 def metrics(server: TritonServer, name: str) -> list[float]:
-    """The same of each instance."""
+    """The current values of one of our metrics, by instance."""
     with urlopen(server.metrics_url, timeout=10) as page:
         lines = page.read().decode().splitlines()
     values = [float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
