@@ -1,6 +1,6 @@
 """INT8 weights, and the quantisation of float weights to INT8."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,14 +11,16 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """W[n, k] = values[n, k] * scales[n, g] + offsets[n, g], with g = k // GROUP, or g = 0 for one scale per row.
+    """W[n, k] = values[n, k] * scales[n, g] + offsets[n, g], g = (k + group_offset) // GROUP, or 0 for a scale per row.
 
     values int8 [N, K]; scales fp32 [N, G]; offsets fp32 [N, G], None for a symmetric weight.
+    group_offset: columns of the first group that are in the shard of another rank.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None = None
+    group_offset: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -30,24 +32,51 @@ class Int8Weight:
 
     def rows(self, part: slice) -> "Int8Weight":
         """A view of some rows."""
-        return Int8Weight(self.values[part], self.scales[part], None if self.offsets is None else self.offsets[part])
+        return replace(
+            self,
+            values=self.values[part],
+            scales=self.scales[part],
+            offsets=None if self.offsets is None else self.offsets[part],
+        )
+
+    def columns(self, part: slice) -> "Int8Weight":
+        """A view of some columns, with the scales of all groups that they touch."""
+        if self.groups == 1:
+            return replace(self, values=self.values[:, part])
+        first, end = part.start + self.group_offset, part.stop + self.group_offset
+        groups = slice(first // GROUP, -(-end // GROUP))
+        return Int8Weight(
+            self.values[:, part],
+            self.scales[:, groups],
+            None if self.offsets is None else self.offsets[:, groups],
+            first % GROUP,
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K] in `dtype`."""
-        columns = self.values.shape[1]
-        repeat = columns if self.groups == 1 else GROUP
-        weight = self.values.float() * self.scales.repeat_interleave(repeat, 1)[:, :columns]
-        if self.offsets is not None:
-            weight = weight + self.offsets.repeat_interleave(repeat, 1)[:, :columns]
-        return weight.to(dtype)
+        if self.groups == 1:
+            group = slice(None)
+        else:
+            group = (torch.arange(self.shape[1], device=self.values.device) + self.group_offset) // GROUP
+        weight = self.values.float() * self.scales[:, group]
+        return (weight if self.offsets is None else weight + self.offsets[:, group]).to(dtype)
 
 
-def empty(rows: int, columns: int, *, symmetric: bool, grouped: bool, device: torch.device | None = None) -> Int8Weight:
+def empty(
+    rows: int,
+    columns: int,
+    *,
+    symmetric: bool,
+    grouped: bool,
+    group_offset: int = 0,
+    device: torch.device | None = None,
+) -> Int8Weight:
     """An uninitialised weight."""
-    groups = -(-columns // GROUP) if grouped else 1
+    group_offset = group_offset if grouped else 0
+    groups = -(-(columns + group_offset) // GROUP) if grouped else 1
     scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
     values = torch.empty(rows, columns, dtype=torch.int8, device=device)
-    return Int8Weight(values, scales, None if symmetric else torch.empty_like(scales))
+    return Int8Weight(values, scales, None if symmetric else torch.empty_like(scales), group_offset)
 
 
 def quantize(weight: torch.Tensor, symmetric: bool = True, grouped: bool = False) -> Int8Weight:

@@ -20,15 +20,17 @@ weight_kinds = pytest.mark.parametrize(
 )
 
 
-def int8_weight(outputs: int, size: int, grouped: bool = False, asymmetric: bool = False) -> Int8Weight:
+def int8_weight(
+    outputs: int, size: int, grouped: bool = False, asymmetric: bool = False, group_offset: int = 0
+) -> Int8Weight:
     """A random weight between poisoned rows, so that a kernel that reads outside of it returns NaN."""
-    groups = -(-size // GROUP) if grouped else 1
+    groups = -(-(size + group_offset) // GROUP) if grouped else 1
     values = torch.full((outputs + 2, size), 127, dtype=torch.int8, device=DEVICE)
     scales = torch.full((outputs + 2, groups), torch.nan, device=DEVICE)
     values[1:-1] = torch.randint(-127, 128, (outputs, size), dtype=torch.int8, device=DEVICE)
     scales[1:-1] = torch.rand(outputs, groups, device=DEVICE) * 1e-3 + 1e-4
     offsets = torch.randn_like(scales[1:-1]) * 1e-2 if asymmetric else None
-    return Int8Weight(values[1:-1], scales[1:-1].contiguous(), offsets)
+    return Int8Weight(values[1:-1], scales[1:-1].contiguous(), offsets, group_offset)
 
 
 def by_definition(x: Activation, weight: Int8Weight | torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,6 +56,23 @@ def test_gemv_with_int8_weights(outputs: int, size: int, grouped: bool, asymmetr
     bias = torch.randn(outputs, device=DEVICE)
     assert error(gemv(x.values, weight, bias).sum(0), by_definition(x, weight, bias)) < 1e-4
     assert error(gemv(x.values, weight, gated=True), gated(by_definition(x, weight))) < BFLOAT16
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize(
+    "outputs, size, group_offset", [(64, 256, 64), (48, 48, 64), (48, 80, 96), (16, 6848, 64), (144, 1040, 16)]
+)
+def test_a_shard_that_begins_within_a_group(
+    outputs: int, size: int, group_offset: int, rows: int, asymmetric: bool
+) -> None:
+    weight = int8_weight(outputs, size, True, asymmetric, group_offset)
+    x = torch.randn(rows, size, device=DEVICE).bfloat16()
+    activation = gpu.quantize(x=x) if gpu.quantizes(weight=weight, rows=rows) else Activation(x)
+    bias = torch.randn(outputs, device=DEVICE).bfloat16()
+    expected = by_definition(activation, weight, bias)
+    assert error(gpu.linear(x=activation, weight=weight, bias=bias).sum(0), expected) < BFLOAT16
+    assert error(reference.linear(x=activation, weight=weight, bias=bias).sum(0), expected) < BFLOAT16
 
 
 @pytest.mark.parametrize("outputs, size", [(64, 256), (38, 48), (6, 4096), (10, 13696)])

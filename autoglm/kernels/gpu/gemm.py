@@ -39,16 +39,17 @@ def gemm(x: Activation, weight: Int8Weight, bias: torch.Tensor | None = None, ga
         TensorDescriptor(x.values, [rows, size], [size, 1], [ROWS, DEPTH]), x.scales,
         TensorDescriptor(weight.values, list(weight.shape), [size, 1], [block, DEPTH]), weight.scales, weight.offsets,
         bias, TensorDescriptor(out, [rows, outputs], [outputs, 1], [ROWS, block]), rows, outputs, size,
-        GROUPS=weight.groups, GATED=gated, ROWS=ROWS, BLOCK=block, DEPTH=DEPTH, SWATH=SWATH, PDL=PDL, num_warps=8,
-        num_stages=3, launch_pdl=PDL,
+        GROUPS=weight.groups, GROUP_OFFSET=weight.group_offset, GATED=gated, ROWS=ROWS, BLOCK=block, DEPTH=DEPTH,
+        SWATH=SWATH, PDL=PDL, num_warps=8, num_stages=3, launch_pdl=PDL,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gemm(
-    x, x_scales, weight, scales, offsets, bias, out, M, N, K, GROUPS: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, SWATH: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, weight, scales, offsets, bias, out, M, N, K, GROUPS: tl.constexpr, GROUP_OFFSET: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, SWATH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_launch(PDL)
     pdl_wait(PDL)
@@ -65,12 +66,12 @@ def _gemm(
         total = tl.zeros((ROWS, BLOCK), KIND)
         up = tl.zeros((ROWS, BLOCK), KIND)
         sums = tl.zeros((ROWS,), tl.int32)
-        for k in tl.range(0, K, DEPTH):
-            rows = x.load([row, k])
-            part = weight.load([column, k])
+        for k in tl.range(0, K + GROUP_OFFSET, DEPTH):  # tiles are groups; columns before the first are 0
+            rows = x.load([row, k - GROUP_OFFSET])
+            part = weight.load([column, k - GROUP_OFFSET])
             total = add_product(total, part, rows, scales, offsets, outputs, inside, k, GROUPS, DEPTH, False)
             if GATED:
-                part = weight.load([N + column, k])
+                part = weight.load([N + column, k - GROUP_OFFSET])
                 up = add_product(up, part, rows, scales, offsets, outputs + N, inside, k, GROUPS, DEPTH, False)
             if GROUPS == 1 and offsets is not None:
                 sums += tl.sum(rows.to(tl.int32), 1)

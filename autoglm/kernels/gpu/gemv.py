@@ -33,22 +33,22 @@ def gemv(
     values = weight.values if isinstance(weight, Int8Weight) else weight
     size = values.shape[1]
     outputs = values.shape[0] // (2 if gated else 1)
-    splits = 1 if gated else triton.cdiv(size, MAX_COLUMNS)
+    scales, offsets, groups, group_offset = None, None, 1, 0
+    if isinstance(weight, Int8Weight):
+        scales, offsets, groups, group_offset = weight.scales, weight.offsets, weight.groups, weight.group_offset
+    splits = 1 if gated else triton.cdiv(size + group_offset, MAX_COLUMNS)
     # Parts begin at multiples of GROUP, so that no group of the weight's scales is split.
-    part = triton.cdiv(triton.cdiv(size, GROUP), splits) * GROUP
+    part = triton.cdiv(triton.cdiv(size + group_offset, GROUP), splits) * GROUP
     block_k = triton.next_power_of_2(part)
     rows = max(1, BYTES // (block_k * values.element_size()) // (2 if gated else 1))
     if gated:
         out = torch.empty(1, outputs, device=x.device, dtype=x.dtype)
     else:
         out = torch.empty(splits, 1, outputs, device=x.device)
-    scales, offsets, groups = None, None, 1
-    if isinstance(weight, Int8Weight):
-        scales, offsets, groups = weight.scales, weight.offsets, weight.groups
     _gemv[(triton.cdiv(outputs, rows), splits)](
         x.view(torch.int64) if int8 else x, values.view(torch.int32) if int8 else values, scales, offsets, bias, out,
-        outputs, size, part, groups, INT8=int8, GATED=gated, ROWS=rows, BLOCK=block_k, GROUP=GROUP, PDL=PDL,
-        ASM=not INTERPRETED, num_warps=4, launch_pdl=PDL,
+        outputs, size, part, groups, group_offset, INT8=int8, GATED=gated, ROWS=rows, BLOCK=block_k, GROUP=GROUP,
+        PDL=PDL, ASM=not INTERPRETED, num_warps=4, launch_pdl=PDL,
     )  # fmt: skip
     return out
 
@@ -56,22 +56,22 @@ def gemv(
 @triton.jit
 def _gemv(
     x, weight, scales, offsets, bias, out, N, K: tl.constexpr, PART: tl.constexpr, GROUPS: tl.constexpr,
-    INT8: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    PDL: tl.constexpr, ASM: tl.constexpr,
+    GROUP_OFFSET: tl.constexpr, INT8: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     pdl_launch(PDL)
     split = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     PER: tl.constexpr = 4 if INT8 else 1  # weights in one element of the pointer
-    columns = split * (PART // PER) + tl.arange(0, BLOCK // PER)
-    end = tl.minimum((split + 1) * PART, K) // PER
-    inside = (rows < N)[:, None] & (columns < end)[None, :]
+    columns = split * (PART // PER) + tl.arange(0, BLOCK // PER) - GROUP_OFFSET // PER
+    used = (columns >= 0) & (columns < tl.minimum((split + 1) * PART - GROUP_OFFSET, K) // PER)
+    inside = (rows < N)[:, None] & used[None, :]
     at = weight + rows[:, None].to(tl.int64) * (K // PER) + columns[None, :]
     first = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
     if GATED:
         second = tl.load(at + N.to(tl.int64) * (K // PER), mask=inside, other=0, eviction_policy="evict_first")
     pdl_wait(PDL)
-    row = tl.load(x + columns, mask=columns < end, other=0)
+    row = tl.load(x + columns, mask=used, other=0)
     total = _dot(first, row, scales, offsets, rows, split, N, K, PART, GROUPS, INT8, ROWS, BLOCK, GROUP, ASM)
     if GATED:
         up = _dot(second, row, scales, offsets, rows + N, split, 2 * N, K, PART, GROUPS, INT8, ROWS, BLOCK, GROUP, ASM)

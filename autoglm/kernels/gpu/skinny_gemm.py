@@ -36,8 +36,8 @@ def skinny_gemm(
     block, depth, splits, stages = tiling(rows, outputs, size, gated, device_info(x.values.device).num_sms)
     if weight.groups > 1:
         depth = GROUP
-        splits = min(splits, triton.cdiv(size, depth))
-    blocks = triton.cdiv(triton.cdiv(size, depth), splits)
+        splits = min(splits, triton.cdiv(size + weight.group_offset, depth))
+    blocks = triton.cdiv(triton.cdiv(size + weight.group_offset, depth), splits)
     wide = max(16, triton.next_power_of_2(rows))
     if gated:
         out = torch.empty(rows, outputs, device=x.values.device, dtype=torch.bfloat16)
@@ -46,8 +46,8 @@ def skinny_gemm(
     _skinny_gemm[(triton.cdiv(outputs, block), splits)](
         TensorDescriptor(x.values, [rows, size], [size, 1], [wide, depth]), x.scales,
         TensorDescriptor(weight.values, list(weight.shape), [size, 1], [block, depth]), weight.scales, weight.offsets,
-        bias, out, rows, outputs, size, blocks, GROUPS=weight.groups, GATED=gated, ROWS=wide, BLOCK=block, DEPTH=depth,
-        STAGES=stages, PDL=PDL, num_warps=4, launch_pdl=PDL,
+        bias, out, rows, outputs, size, blocks, GROUPS=weight.groups, GROUP_OFFSET=weight.group_offset, GATED=gated,
+        ROWS=wide, BLOCK=block, DEPTH=depth, STAGES=stages, PDL=PDL, num_warps=4, launch_pdl=PDL,
     )  # fmt: skip
     return out
 
@@ -72,8 +72,9 @@ def tiling(rows: int, outputs: int, size: int, gated: bool, num_sms: int) -> tup
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny_gemm(
-    x, x_scales, weight, scales, offsets, bias, out, M, N, K, BLOCKS, GROUPS: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, weight, scales, offsets, bias, out, M, N, K, BLOCKS, GROUPS: tl.constexpr,
+    GROUP_OFFSET: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_launch(PDL)
     first = tl.program_id(0) * BLOCK
@@ -86,13 +87,13 @@ def _skinny_gemm(
     sums = tl.zeros((ROWS,), tl.int32)  # of the activations, for the offsets
     pdl_wait(PDL)
     begin = split * BLOCKS * DEPTH
-    end = tl.minimum(begin + BLOCKS * DEPTH, K)
-    for k in tl.range(begin, end, DEPTH, num_stages=STAGES):
-        rows = x.load([0, k])
-        tile = weight.load([first, k])
+    end = tl.minimum(begin + BLOCKS * DEPTH, K + GROUP_OFFSET)
+    for k in tl.range(begin, end, DEPTH, num_stages=STAGES):  # tiles are groups; columns before the first are 0
+        rows = x.load([0, k - GROUP_OFFSET])
+        tile = weight.load([first, k - GROUP_OFFSET])
         total = add_product(total, tile, rows, scales, offsets, outputs, inside, k, GROUPS, DEPTH, True)
         if GATED:
-            tile = weight.load([N + first, k])
+            tile = weight.load([N + first, k - GROUP_OFFSET])
             up = add_product(up, tile, rows, scales, offsets, outputs + N, inside, k, GROUPS, DEPTH, True)
         if GROUPS == 1 and offsets is not None:
             sums += tl.sum(rows.to(tl.int32), 1)
