@@ -135,7 +135,7 @@ def quantize_linears(model: nn.Module, settings: QuantizationConfig, checkpoint:
         if not isinstance(layer, Linear):
             continue
         kind = _kind(name, settings)
-        if kind is None or _is_skipped(parent, tuple(layer.parts) or (name,), skipped):
+        if kind is None or _is_skipped(parent, layer.parts or (name,), skipped):
             continue
         if checkpoint.quantization:
             kind = LayerQuantization()

@@ -54,9 +54,8 @@ class Int8Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K] in `dtype`."""
-        if self.groups == 1:
-            group = slice(None)
-        else:
+        group: slice | torch.Tensor = slice(None)
+        if self.groups > 1:
             group = (torch.arange(self.shape[1], device=self.values.device) + self.group_offset) // GROUP
         weight = self.values.float() * self.scales[:, group]
         return (weight if self.offsets is None else weight + self.offsets[:, group]).to(dtype)

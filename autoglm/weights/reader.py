@@ -9,7 +9,7 @@ from torch import nn
 from autoglm.checkpoint import Checkpoint, CheckpointError
 from autoglm.quantization.bitsandbytes import COMPANIONS, read_int8
 from autoglm.quantization.int8 import copy_weight
-from autoglm.quantization.linear import Int8Linear, Linear, Tensor
+from autoglm.quantization.linear import CheckpointTensors, Int8Linear, Linear, Tensor, WeightShard
 
 
 def read_weights(
@@ -29,8 +29,8 @@ def read_weights(
                     yield name, tensor if is_float else read_int8(tensor, name, names, file.get_tensor)
 
 
-def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors in a module: their names relative to the module, and views of its memory.
+def checkpoint_tensors(module: nn.Module) -> CheckpointTensors:
+    """The checkpoint's tensors in a module: their names relative to the module, and the memory they are copied to.
 
     A shared parameter (tied embeddings) is yielded once, under its first name.
     """
@@ -65,6 +65,9 @@ def load_parameters(module: nn.Module, weights: Iterable[tuple[str, Tensor]], re
         if target.shape != tensor.shape:
             expected, shape = list(target.shape), list(tensor.shape)
             raise CheckpointError(f"tensor {full_name} must have shape {expected} (got {shape})")
-        copy_weight(target, tensor)
+        if isinstance(target, WeightShard):
+            target.load(tensor)
+        else:
+            copy_weight(target, tensor)
     if targets:
         raise CheckpointError(f"{len(targets)} tensors are missing, the first is {next(iter(targets))}")
