@@ -7,7 +7,7 @@ both layouts.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class TextConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
     rope_theta: float
@@ -40,9 +41,13 @@ class TextConfig:
     mrope_section: tuple[int, int, int]
     tie_word_embeddings: bool = False
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def shard(self, num_ranks: int) -> "TextConfig":
+        """With the attention heads of one tensor-parallel rank; ranks share a key-value head if there are too few."""
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // num_ranks,
+            num_key_value_heads=max(1, self.num_key_value_heads // num_ranks),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +210,7 @@ def _text_config(config: dict[str, Any]) -> TextConfig:
         num_hidden_layers=_require(text, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=text.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
         rms_norm_eps=text.get("rms_norm_eps", 1e-5),
         max_position_embeddings=_require(text, "max_position_embeddings"),
         rope_theta=float(rope.get("rope_theta", 10000.0)),

@@ -43,6 +43,7 @@ def text_config(tok: Tokenizer) -> TextConfig:
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=2,
+        head_dim=32,
         rms_norm_eps=1e-5,
         max_position_embeddings=8192,
         rope_theta=10000.0,

@@ -379,7 +379,7 @@ class Engine:
         stats.blocks_held = pool.num_blocks - pool.num_available
 
     def _allocate_kv_cache(self, model: LanguageModel, dtype: torch.dtype) -> KVCache:
-        config, text = self.config, self.checkpoint.text
+        config, text = self.config, model.config
         cache_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
         slot_bytes = (config.max_batch_size + 1) * text.vocab_size * (4 + 4)  # token counts and logits
         size = self.memory.kv_cache_bytes(
@@ -396,5 +396,6 @@ class Engine:
                 cache_dtype=cache_dtype, with_key_bounds=with_key_bounds,
             )  # fmt: skip
         if model.kv_scales is not None and cache_dtype == torch.float8_e4m3fn:
-            kv_cache.set_scales(*model.kv_scales)
+            heads = model.communicator.shard.of(self.checkpoint.text.num_key_value_heads)
+            kv_cache.set_scales(*model.kv_scales[:, :, heads])
         return kv_cache

@@ -19,6 +19,7 @@ from torch import nn
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import CalibrationConfig, Config, ConfigError, LayerQuantization, QuantizationConfig
+from autoglm.distributed.communicator import Communicator
 from autoglm.kernels import get_kernels
 from autoglm.llm.model import LanguageModel, attention_config
 from autoglm.quantization.bitsandbytes import import_library, replace_linears
@@ -39,16 +40,11 @@ Calibrate: TypeAlias = Callable[[LanguageModel, Checkpoint, CalibrationConfig], 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """How the model is loaded.
-
-    quantization: None keeps the weights in float.
-    shard: rank and number of tensor-parallel ranks.
-    """
+    """How the model is loaded. quantization: None keeps the weights in float."""
 
     quantization: QuantizationConfig | None = None
     cache: WeightCache | None = None
     embedding_on_host: bool = False
-    shard: tuple[int, int] = (0, 1)
 
     @property
     def uses_bitsandbytes(self) -> bool:
@@ -84,8 +80,9 @@ def load_language_model(
     dtype: torch.dtype,
     config: LoadConfig | None = None,
     calibrate: Calibrate | None = None,
+    communicator: Communicator | None = None,
 ) -> LanguageModel:
-    """The checkpoint's language model on `device`.
+    """The checkpoint's language model on `device`, or its shard if `communicator` has several ranks.
 
     Args:
         dtype: of activations and of weights that are not quantised.
@@ -101,7 +98,7 @@ def load_language_model(
     if config.uses_bitsandbytes:
         import_library(device)
     with torch.device("meta"):
-        model = LanguageModel(checkpoint.text, get_kernels(device))
+        model = LanguageModel(checkpoint.text, get_kernels(device), communicator)
     model = model.to(dtype).requires_grad_(False).eval()
     if config.quantization:
         if checkpoint.quantization and config.quantization.calibration.smoothing:
@@ -117,7 +114,7 @@ def load_language_model(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     model.kv_scales = filler.kv_scales
-    text = checkpoint.text
+    text = model.config
     model.attention_config = attention_config(text, text.max_position_embeddings, device, dtype)
     source = "the weight cache" if cached else checkpoint.path
     log.info("language model loaded from %s in %.1f s", source, time.perf_counter() - begin)
@@ -250,7 +247,7 @@ class _Filler:
             "ffn": dataclasses.asdict(settings.layer_specific.ffn),
             "head": settings.head,
             "calibration": calibration,
-            "shard": list(self.config.shard),
+            "shard": list(self.model.communicator.shard),
         }
 
     def _from_directory(self, path: Path) -> None:

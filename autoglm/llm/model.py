@@ -11,10 +11,18 @@ import torch
 from torch import nn
 
 from autoglm.checkpoint import TextConfig
+from autoglm.distributed.communicator import Communicator, SingleRank
+from autoglm.distributed.shard import Shard
 from autoglm.kernels.base import AttentionConfig, Kernels
 from autoglm.kernels.reference import dispatch as reference
 from autoglm.layers import RMSNorm, fit
-from autoglm.quantization.linear import Int8Linear, Linear
+from autoglm.quantization.linear import (
+    ColumnParallelLinear,
+    Int8Linear,
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
 
 class Attention(Protocol):
@@ -27,31 +35,36 @@ class Attention(Protocol):
 class SelfAttention(nn.Module):
     """Projections: [T, hidden_size] -> q, k, v [T, (num_heads + 2 * kv_heads) * head_dim], and the output back."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard) -> None:
         super().__init__()
         q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-        self.qkv_proj: Linear | Int8Linear = Linear(
-            config.hidden_size, q + 2 * kv, bias=True, parts={"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj: Linear | Int8Linear = ColumnParallelLinear(
+            config.hidden_size,
+            {"q_proj": (q,), "k_proj": (kv,), "v_proj": (kv,)},
+            shard,
+            bias=True,
+            unit=config.head_dim,
         )
-        self.o_proj: Linear | Int8Linear = Linear(q, config.hidden_size)
+        self.o_proj: Linear | Int8Linear = RowParallelLinear(q, config.hidden_size, shard, unit=config.head_dim)
 
 
 class MLP(nn.Module):
     """The weights of a SwiGLU, down(silu(gate(x)) * up(x)): [T, hidden_size] -> the same shape."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard) -> None:
         super().__init__()
-        self.gate_up_proj: Linear | Int8Linear = Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj: Linear | Int8Linear = Linear(config.intermediate_size, config.hidden_size)
+        size, width = config.hidden_size, config.intermediate_size
+        self.gate_up_proj: Linear | Int8Linear = ColumnParallelLinear(size, {"": (width, width)}, shard)
+        self.down_proj: Linear | Int8Linear = RowParallelLinear(width, size, shard)
 
 
 class DecoderLayer(nn.Module):
     """A norm before and after each of the two branches."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, shard: Shard) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config)
-        self.mlp = MLP(config)
+        self.self_attn = SelfAttention(config, shard)
+        self.mlp = MLP(config, shard)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_self_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -64,14 +77,18 @@ class LanguageModel(nn.Module):
     attention_config: AttentionConfig  # set by the loader
     kv_scales: torch.Tensor | None = None  # fp32 [2, layers, kv_heads] of keys and values, from a calibration
 
-    def __init__(self, config: TextConfig, kernels: Kernels = reference) -> None:
+    def __init__(
+        self, config: TextConfig, kernels: Kernels = reference, communicator: Communicator | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.communicator = communicator or SingleRank()
+        shard = self.communicator.shard
+        self.config = config.shard(shard.size)
         self.kernels = kernels
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, shard)
+        self.layers = nn.ModuleList(DecoderLayer(config, shard) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head: Linear | Int8Linear = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head: Linear | Int8Linear = ColumnParallelLinear(config.hidden_size, {"": (config.vocab_size,)}, shard)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -82,7 +99,13 @@ class LanguageModel(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, hidden_size]."""
-        return self.kernels.embed(ids=token_ids, table=self.embed_tokens.weight)
+        table = self.embed_tokens
+        if self.communicator.shard.size == 1:
+            return self.kernels.embed(ids=token_ids, table=table.weight)
+        rows = token_ids - table.start
+        owned = (rows >= 0) & (rows < table.num_embeddings)
+        found = self.kernels.embed(ids=rows * owned, table=table.weight) * owned[:, None]
+        return self.communicator.all_reduce(found)
 
     def forward(self, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Run the layers over packed tokens.
@@ -109,7 +132,7 @@ class LanguageModel(nn.Module):
                 quantized=kernels.quantizes(weight=qkv.weight, rows=rows),
             )
             mixed = attention(index, kernels.linear(x=x, weight=qkv.weight, bias=qkv.bias))
-            branch = kernels.linear(x=fit(mixed, o.weight, kernels), weight=o.weight)
+            branch = self._reduce(kernels.linear(x=fit(mixed, o.weight, kernels), weight=o.weight))
             x, residual = kernels.add_norm(
                 branch=branch,
                 residual=residual,
@@ -118,7 +141,8 @@ class LanguageModel(nn.Module):
                 eps=eps,
                 quantized=kernels.quantizes(weight=gate_up, rows=rows),
             )
-            branch = kernels.linear(x=fit(kernels.gate_up(x=x, weight=gate_up), down, kernels), weight=down)
+            x = fit(kernels.gate_up(x=x, weight=gate_up), down, kernels)
+            branch = self._reduce(kernels.linear(x=x, weight=down))
             branch_norm = layer.post_mlp_layernorm.weight
         x, _ = kernels.add_norm(
             branch=branch, residual=residual, branch_norm=branch_norm, norm=self.norm.weight, eps=eps, quantized=False
@@ -129,7 +153,13 @@ class LanguageModel(nn.Module):
         """[B, hidden_size] after the final norm -> fp32 [B, vocab_size]."""
         weight = self.lm_head.weight
         logits = self.kernels.linear(x=fit(hidden, weight, self.kernels), weight=weight)
-        return logits.squeeze(0).float() if logits.shape[0] == 1 else logits.sum(0)
+        return self.communicator.all_gather(logits.squeeze(0).float() if logits.shape[0] == 1 else logits.sum(0))
+
+    def _reduce(self, branch: torch.Tensor) -> torch.Tensor:
+        """The ranks' partial sums [S, T, H], added up over the ranks."""
+        if self.communicator.shard.size == 1:
+            return branch
+        return self.communicator.all_reduce(branch if branch.shape[0] == 1 else branch.sum(0, keepdim=True))
 
 
 def attention_config(

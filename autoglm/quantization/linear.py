@@ -3,28 +3,15 @@ tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
+from autoglm.distributed.shard import Shard
 from autoglm.quantization.int8 import GROUP, Int8Weight, copy_weight, empty
 
 Tensor: TypeAlias = torch.Tensor | Int8Weight
-
-
-class Shard(NamedTuple):
-    """One rank of a tensor-parallel group."""
-
-    rank: int = 0
-    size: int = 1
-
-    def of(self, count: int) -> slice:
-        """This rank's units out of `count`. If there are fewer units than ranks, neighbouring ranks share one."""
-        if count < self.size:
-            unit = self.rank * count // self.size
-            return slice(unit, unit + 1)
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
 
 @dataclass(frozen=True)
@@ -132,13 +119,7 @@ class ColumnParallelLinear(Linear):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        parts: Mapping[str, tuple[int, ...]],
-        shard: Shard,
-        *,
-        bias: bool = False,
-        unit: int = 1,
+        self, inputs: int, parts: Mapping[str, tuple[int, ...]], shard: Shard, *, bias: bool = False, unit: int = 1
     ) -> None:
         sources = {}
         for name, blocks in parts.items():
@@ -152,12 +133,26 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """A linear layer whose inputs are split over the ranks, in units of `unit`: the sum of all ranks' outputs counts."""
+    """A linear layer whose inputs are split over the ranks, in units of `unit`: the outputs of all ranks add up."""
 
     def __init__(self, inputs: int, outputs: int, shard: Shard, *, unit: int = 1) -> None:
         own = shard.of(inputs // unit)
         columns = slice(own.start * unit, own.stop * unit)
         self._build({"": Source((outputs, inputs), (slice(0, outputs),), columns)}, bias=False)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """A table of embeddings whose rows are split over the ranks: this one has `num_embeddings` rows from `start`."""
+
+    def __init__(self, vocab_size: int, size: int, shard: Shard) -> None:
+        own = shard.of(vocab_size)
+        super().__init__(own.stop - own.start, size)
+        self.start = own.start
+        self.sources = {"": Source((vocab_size, size), (own,), slice(0, size))}
+
+    def checkpoint_tensors(self, name: str) -> CheckpointTensors:
+        """See `Linear.checkpoint_tensors`."""
+        return _split(name, self.sources, self.weight.data, None)
 
 
 class Int8Linear(nn.Module):

@@ -9,7 +9,14 @@ from torch import nn
 from autoglm.checkpoint import Checkpoint, CheckpointError
 from autoglm.quantization.bitsandbytes import COMPANIONS, read_int8
 from autoglm.quantization.int8 import copy_weight
-from autoglm.quantization.linear import CheckpointTensors, Int8Linear, Linear, Tensor, WeightShard
+from autoglm.quantization.linear import (
+    CheckpointTensors,
+    Int8Linear,
+    Linear,
+    Tensor,
+    VocabParallelEmbedding,
+    WeightShard,
+)
 
 
 def read_weights(
@@ -37,10 +44,12 @@ def checkpoint_tensors(module: nn.Module) -> CheckpointTensors:
     seen: set[int] = set()
     for path, part in module.named_modules():
         parent, _, name = path.rpartition(".")
-        if isinstance(part, (Linear, Int8Linear)):
+        if isinstance(part, (Linear, Int8Linear, VocabParallelEmbedding)):
             if isinstance(part, Int8Linear) or id(part.weight) not in seen:
                 for tensor_name, tensor in part.checkpoint_tensors(name):
                     yield f"{parent}.{tensor_name}".removeprefix("."), tensor
+            if isinstance(part, VocabParallelEmbedding):
+                seen.add(id(part.weight))
             continue
         for tensor_name, parameter in part.named_parameters(recurse=False):
             seen.add(id(parameter))

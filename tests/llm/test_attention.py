@@ -14,7 +14,7 @@ from autoglm.llm.kv_cache import KVCache
 
 CONFIG = TextConfig(
     vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64, rope_theta=1e4, rotary_dim=8,
+    num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=64, rope_theta=1e4, rotary_dim=8,
     mrope_section=(1, 1, 2),
 )  # fmt: skip
 CPU = torch.device("cpu")

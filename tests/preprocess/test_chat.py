@@ -91,8 +91,8 @@ def make_renderer() -> Callable[..., ChatRenderer]:
             path=Path("."),
             text=TextConfig(
                 vocab_size=384, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=8192, rope_theta=1e4, rotary_dim=16,
-                mrope_section=(2, 3, 3),
+                num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, max_position_embeddings=8192, rope_theta=1e4,
+                rotary_dim=16, mrope_section=(2, 3, 3),
             ),
             vision=VisionConfig(depth=2, hidden_size=64, num_heads=4, out_hidden_size=128, intermediate_size=256),
             image_token_id=IDS["<|image|>"],

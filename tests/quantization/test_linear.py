@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from autoglm.distributed.shard import Shard
 from autoglm.quantization.int8 import Int8Weight, quantize
-from autoglm.quantization.linear import ColumnParallelLinear, Int8Linear, Linear, RowParallelLinear, Shard
+from autoglm.quantization.linear import ColumnParallelLinear, Int8Linear, Linear, RowParallelLinear
 from autoglm.weights.reader import load_parameters
 
 INPUTS = 3 * 128  # shards of 2, 4 and 8 ranks begin within a group
@@ -41,7 +42,7 @@ def test_the_products_of_row_shards_add_up(size: int, form: tuple[bool, bool] | 
         columns.append(dense(layer))
     assert torch.equal(torch.cat(columns, 1), expected)
     x = torch.randn(5, INPUTS)
-    products = [part @ own.T for part, own in zip(x.split(INPUTS // size, 1), columns, strict=True)]
+    products = [part @ own.T for part, own in zip(torch.split(x, INPUTS // size, 1), columns, strict=True)]
     assert torch.allclose(sum(products, torch.zeros(5, 24)), x @ expected.T, atol=1e-4)
 
 
