@@ -10,57 +10,61 @@ from torch import distributed as dist
 
 from autoglm.checkpoint import Checkpoint
 from autoglm.config import LayerQuantization, LayerSpecific, QuantizationConfig
-from autoglm.distributed.communicator import ProcessGroup
+from autoglm.distributed.communicator import Communicator, ProcessGroup, SingleRank
 from autoglm.llm.loader import LoadConfig, load_language_model
 from autoglm.llm.prefill import prefill
 
-CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
+CHECKPOINT = Path(__file__).parents[2] / "demo" / "checkpoint"
 GROUPED = LayerQuantization(group_size=128)
-FORMATS = {
-    "float": None,
-    "int8": QuantizationConfig(enabled=True),
-    "grouped": QuantizationConfig(enabled=True, layer_specific=LayerSpecific(attention=GROUPED, ffn=GROUPED)),
-}
+ASYMMETRIC = LayerQuantization(symmetric=False)
+FORMATS = [
+    None,
+    QuantizationConfig(enabled=True),
+    QuantizationConfig(enabled=True, layer_specific=LayerSpecific(attention=GROUPED, ffn=GROUPED)),
+    QuantizationConfig(enabled=True, layer_specific=LayerSpecific(attention=ASYMMETRIC, ffn=ASYMMETRIC)),
+]
 
 
-def logits(path: Path, settings: QuantizationConfig | None, communicator: ProcessGroup | None = None) -> torch.Tensor:
-    checkpoint = Checkpoint.open(path)
-    config = LoadConfig(settings)
-    model = load_language_model(checkpoint, CPU, torch.float32, config, communicator=communicator)
-    with torch.inference_mode():
+def logits(communicator: Communicator) -> list[torch.Tensor]:
+    """Of a prompt, in each format."""
+    checkpoint, found = Checkpoint.open(CHECKPOINT), []
+    for settings in FORMATS:
+        model = load_language_model(
+            checkpoint, torch.device("cpu"), torch.float32, LoadConfig(settings), communicator=communicator
+        )
         length = 1 if settings else 24  # int8 activations of several rows have each rank's own scales
-        ids = torch.arange(length) * 7 % checkpoint.text.vocab_size
-        positions = torch.arange(length, dtype=torch.int32).expand(3, -1)
-        hidden, _ = prefill(model, model.embed(ids), positions)
-        return model.logits(hidden).clone()
+        with torch.inference_mode():
+            ids = torch.arange(length) * 7 % checkpoint.text.vocab_size
+            positions = torch.arange(length, dtype=torch.int32).expand(3, -1)
+            hidden, _ = prefill(model, model.embed(ids), positions)
+            found.append(model.logits(hidden))
+    return found
 
 
-def rank_main(rank: int, size: int, store: str, path: Path, settings: QuantizationConfig | None, pipe: Any) -> None:
+def run_rank(rank: int, size: int, store: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=size)
     group = dist.group.WORLD
     assert group is not None
-    pipe.send(logits(path, settings, ProcessGroup(group)).numpy())
+    pipe.send([each.numpy().copy() for each in logits(ProcessGroup(group))])
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_logits_equal_those_of_one_rank(tmp_path: Path, size: int, form: str) -> None:
+def test_logits_equal_those_of_one_rank(tmp_path: Path, size: int) -> None:
     """The demo's checkpoint has 8 heads and 2 key-value heads; shards of 8 ranks begin within groups."""
-    path, settings = ROOT / "demo" / "checkpoint", FORMATS[form]
     context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for rank in range(size):
-        own, other = context.Pipe()
-        arguments = (rank, size, str(tmp_path / "store"), path, settings, other)
-        processes.append(context.Process(target=rank_main, args=arguments))
-        processes[-1].start()
-        pipes.append(own)
-    found = [torch.from_numpy(pipe.recv()) for pipe in pipes]
+    pipes = [context.Pipe() for _ in range(size)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, size, tmp_path / "store", pipe))
+        for rank, (_, pipe) in enumerate(pipes)
+    ]
+    for process, (_, pipe) in zip(processes, pipes, strict=True):
+        process.start()
+        pipe.close()  # in this process: `recv` then raises when the rank has died
+    ranks = [[torch.from_numpy(each) for each in pipe.recv()] for pipe, _ in pipes]
     for process in processes:
         process.join()
-    for each in found[1:]:
-        assert torch.equal(each, found[0])
-    assert torch.allclose(found[0], logits(path, settings), atol=1e-4)
+    for own, first, expected in zip(zip(*ranks, strict=True), ranks[0], logits(SingleRank()), strict=True):
+        assert all(torch.equal(each, first) for each in own)
+        assert torch.allclose(first, expected, atol=1e-4)
