@@ -19,6 +19,9 @@ class Communicator(Protocol):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' `x`, concatenated along the last dimension."""
 
+    def minimum(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+
 
 class SingleRank:
     """A group of one."""
@@ -30,6 +33,9 @@ class SingleRank:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def minimum(self, value: int) -> int:
+        return value
 
 
 class ProcessGroup:
@@ -47,3 +53,8 @@ class ProcessGroup:
         parts = [torch.empty_like(x) for _ in range(self.shard.size)]
         dist.all_gather(parts, x.contiguous(), group=self._group)
         return torch.cat(parts, -1)
+
+    def minimum(self, value: int) -> int:
+        values: list[int] = [0] * self.shard.size
+        dist.all_gather_object(values, value, group=self._group)
+        return min(values)

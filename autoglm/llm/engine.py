@@ -17,31 +17,26 @@ from typing import Literal
 import torch
 
 from autoglm.checkpoint import Checkpoint
-from autoglm.config import Config, EngineConfig, MemoryConfig, SparseAttentionConfig
+from autoglm.config import Config, EngineConfig, SparseAttentionConfig
 from autoglm.errors import ErrorCode, RequestError
 from autoglm.llm.block_pool import BlockPool
 from autoglm.llm.input_processor import InputProcessor
-from autoglm.llm.kv_cache import KVCache
-from autoglm.llm.loader import Calibrate, LoadConfig, load_language_model
-from autoglm.llm.model import LanguageModel
-from autoglm.llm.model_runner import LaunchedPass, ModelRunner
-from autoglm.llm.prefill import largest_pass
+from autoglm.llm.loader import Calibrate, LoadConfig
+from autoglm.llm.model_runner import LaunchedPass
 from autoglm.llm.scheduler import Chunk, Scheduler
 from autoglm.llm.sequence import FinishReason, Output, Request, Sequence, TokenLogprob
 from autoglm.llm.structured_output.grammar import token_masks
+from autoglm.llm.worker import Worker
 from autoglm.memory import MemoryManager
 from autoglm.preprocess.sampling_params import SamplingParams
 from autoglm.preprocess.tokenizer import Vocabulary
 
 log = logging.getLogger(__name__)
 
-CUDA_GRAPH_BYTES = 2**30
 INTEGRITY_CHECK_S = 60.0  # minimum time between two checks
 MIN_FORCED_TOKENS = 3  # a pass that computes them at once takes as long as about two decode steps
 DEADLINE_POLL_S = 0.05  # between checks of waiting requests' deadlines while nothing runs
 WARM_UP_LENGTHS = (1, 16, 100, 2000)  # prompts that cover all kernel variants
-
-CACHE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass
@@ -88,27 +83,26 @@ class Engine:
         self.config = config
         self.sparse_attention = sparse_attention or SparseAttentionConfig()
         self.vocabulary = Vocabulary(checkpoint.path)
-        self.memory = memory or MemoryManager(MemoryConfig(), device)
-        with self.memory.tag("weights"):
-            model = load_language_model(checkpoint, device, dtype, load_config, calibrate)
-        kv_cache = self._allocate_kv_cache(model, dtype)
-        num_blocks = kv_cache.num_blocks
-        positions = checkpoint.text.max_position_embeddings
-        self.max_context = min(config.max_context, positions, num_blocks * config.block_size)
-        pages = self.sparse_attention if self.sparse_attention.mode == "pages" else None
-        self.model_runner = ModelRunner(
-            model, kv_cache, max_batch_size=config.max_batch_size, max_context=self.max_context, pages=pages
+        self.worker = worker = Worker(
+            checkpoint,
+            config,
+            device,
+            dtype,
+            sparse_attention=self.sparse_attention,
+            load_config=load_config,
+            calibrate=calibrate,
+            memory=memory,
         )
+        self.memory, self.model_runner, self.max_context = worker.memory, worker.model_runner, worker.max_context
         self.input_processor = InputProcessor(
-            checkpoint, config, self.sparse_attention, self.vocabulary, model, max_context=self.max_context
+            checkpoint, config, self.sparse_attention, self.vocabulary, worker.model, max_context=self.max_context
         )
+        num_blocks = worker.kv_cache.num_blocks
         self.scheduler = Scheduler(config, BlockPool(num_blocks))
         self.stats = EngineStats(blocks_total=num_blocks)
         self._inbox: queue.SimpleQueue[Sequence | tuple[str, FinishReason] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._closing = False
-        # bitsandbytes synchronises with the device, which a CUDA graph cannot capture.
-        self._uses_graphs = load_config is None or not load_config.uses_bitsandbytes
         self._in_flight: LaunchedPass | None = None
         self._checked_time = -INTEGRITY_CHECK_S
 
@@ -141,12 +135,7 @@ class Engine:
         """Start the thread; on a GPU after capturing CUDA graphs and a warm-up, so that no request pays for them."""
         threading.Thread(target=self.input_processor.grammars.prepare, name="grammars", daemon=True).start()
         if self.model_runner.device.type == "cuda":
-            if self._uses_graphs:
-                with self.memory.tag("graphs"):
-                    self.model_runner.capture(
-                        max_tokens=self.scheduler.max_tokens_per_step,
-                        max_mixed_tokens=self.scheduler.max_tokens_per_mixed_step,
-                    )
+            self.worker.capture()
             with self.memory.tag("warm-up"):
                 self.warm_up()
         log.info("memory by stage\n%s\n%s", self.memory.table(), json.dumps(self.memory.report()))
@@ -377,25 +366,3 @@ class Engine:
         stats.running, stats.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         stats.blocks_cached = pool.num_evictable
         stats.blocks_held = pool.num_blocks - pool.num_available
-
-    def _allocate_kv_cache(self, model: LanguageModel, dtype: torch.dtype) -> KVCache:
-        config, text = self.config, model.config
-        cache_dtype = CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
-        slot_bytes = (config.max_batch_size + 1) * text.vocab_size * (4 + 4)  # token counts and logits
-        size = self.memory.kv_cache_bytes(
-            config.kv_cache_mb,
-            lambda: largest_pass(model, config.max_tokens_per_step, config.max_batch_size),
-            reserve=slot_bytes + CUDA_GRAPH_BYTES,
-        )
-        with_key_bounds = self.sparse_attention.mode == "pages"
-        block = KVCache.bytes_per_token(text, cache_dtype) * config.block_size
-        block += KVCache.key_bounds_bytes(text, dtype) if with_key_bounds else 0
-        with self.memory.tag("KV cache"):
-            kv_cache = KVCache(
-                text, model.device, dtype, num_blocks=size // block, block_size=config.block_size,
-                cache_dtype=cache_dtype, with_key_bounds=with_key_bounds,
-            )  # fmt: skip
-        if model.kv_scales is not None and cache_dtype == torch.float8_e4m3fn:
-            heads = model.communicator.shard.of(self.checkpoint.text.num_key_value_heads)
-            kv_cache.set_scales(*model.kv_scales[:, :, heads])
-        return kv_cache
