@@ -144,7 +144,7 @@ def _config_files(model: DemoModel, tok: Tokenizer, dtype: torch.dtype) -> dict[
     eos = [tok.token_to_id(name) for name in ("<|endoftext|>", "<|user|>", "<|observation|>", "</answer>")]
     dtype_name = str(dtype).removeprefix("torch.")
     shared = asdict(text)
-    rotary, section = shared.pop("rotary_dim"), shared.pop("mrope_section")
+    rotary, section, _ = (shared.pop(name) for name in ("rotary_dim", "mrope_section", "head_dim"))
     vision_settings = {"model_type": "glm4v_vision", **asdict(vision), "hidden_act": "silu", "attention_dropout": 0.0}
     vision_settings.pop("rope_theta")  # fixed in transformers
     theta, tied = shared.pop("rope_theta"), shared.pop("tie_word_embeddings")
